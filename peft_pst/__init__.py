@@ -1,0 +1,29 @@
+"""Parameter-efficient sparse training (PST, arXiv 2205.11005) as a PEFT method.
+
+Importing this package registers PST with PEFT: from then on `get_peft_model`, `PeftModel.from_pretrained` and
+transformers' `load_adapter` understand `PSTConfig` and the adapters that it made.
+"""
+
+from .config import PSTConfig
+from .layer import PSTLayer
+from .model import PSTModel
+from .optimizer import create_pst_optimizer
+from .registration import register
+from .report import TensorSparsity, format_table, plot_sparsity, tensor_sparsity
+from .schedule import SparsityScheduler
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PSTConfig",
+    "PSTLayer",
+    "PSTModel",
+    "SparsityScheduler",
+    "TensorSparsity",
+    "create_pst_optimizer",
+    "format_table",
+    "plot_sparsity",
+    "tensor_sparsity",
+]
+
+register()

@@ -1,0 +1,163 @@
+"""PSTConfig: every choice that PST offers, validated where it is made."""
+
+import math
+from dataclasses import dataclass, field
+
+from peft import PeftConfig, PeftType
+
+from .schedule import SCHEDULES
+
+BIAS = ("none", "all", "pst_only")
+
+
+@dataclass
+class PSTConfig(PeftConfig):
+    """Configuration of parameter-efficient sparse training (PST, arXiv 2205.11005).
+
+    With W the frozen weight of a target module, [out, in]:
+
+        W' = W + beta * U @ V
+        S  = |W'| + alpha1 * A @ B + alpha2 * (R 1ᵀ + 1 Cᵀ)
+        y  = (M ∘ W') x + b,  M keeps the entries with the largest S
+
+    Args:
+        r (`int`):
+            Rank of U @ V, the update of the weight.
+        mask_r (`int`):
+            Rank of A @ B, the data-driven importance of single entries.
+        beta (`float`):
+            Factor of U @ V in the weight.
+        alpha1 (`float`):
+            Factor of A @ B in the importance.
+        alpha2 (`float`):
+            Factor of R and C, the importance of whole rows and columns.
+        sparsity (`float`):
+            Share of the entries of each target weight that is pruned at the end, in [0, 1). `int(numel * sparsity)`
+            entries are pruned.
+        initial_sparsity (`float`):
+            Share that is pruned before the training and during its warm-up, in [0, sparsity].
+        schedule (`str`):
+            How the sparsity grows between warm-up and cool-down: `"cubic"`, `"linear"`, or `"constant"`, which is at
+            the final sparsity from the first step on.
+        warmup_ratio (`float`):
+            Share of the optimizer steps spent at `initial_sparsity`.
+        cooldown_ratio (`float`):
+            Share of the optimizer steps, the last ones, spent at `sparsity`.
+        target_modules (`list[str]` or `str`, *optional*):
+            Names of the modules to train, or a regular expression, or `"all-linear"`, as in PEFT. By default all
+            linear layers in the blocks of the model: no embedding, pooler or head.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Names of modules to leave out, or a regular expression.
+        layers_to_transform (`list[int]` or `int`, *optional*):
+            Indices of the blocks to train. Needs `target_modules` to be a list or left out.
+        layers_pattern (`list[str]` or `str`, *optional*):
+            Name of the list that holds the blocks, for `layers_to_transform`, if it is not a common one.
+        bias (`str`):
+            Which biases train: `"none"`, `"all"`, or `"pst_only"` (those of the target modules).
+        modules_to_save (`list[str]`, *optional*):
+            Modules that train in full and are saved with the adapter, such as a new head.
+        init_weights (`bool`):
+            `True` for the paper's start, U, A ~ N(0, 1) and V, B, R, C = 0, at which W' = W and S = |W|. `False`
+            draws all six at random, for tests.
+
+    Raises:
+        ValueError, TypeError: if a value is out of range; the message names the value and what is expected.
+    """
+
+    r: int = field(default=8, metadata={"help": "Rank of U @ V, the update of the weight."})
+    mask_r: int = field(default=8, metadata={"help": "Rank of A @ B, the importance of single entries."})
+    beta: float = field(default=1.0, metadata={"help": "Factor of U @ V in the weight."})
+    alpha1: float = field(default=1.0, metadata={"help": "Factor of A @ B in the importance."})
+    alpha2: float = field(default=1.0, metadata={"help": "Factor of R and C in the importance."})
+    sparsity: float = field(default=0.9, metadata={"help": "Final share of pruned entries, in [0, 1)."})
+    initial_sparsity: float = field(default=0.0, metadata={"help": "Share of pruned entries at the start."})
+    schedule: str = field(default="cubic", metadata={"help": f"How the sparsity grows: one of {list(SCHEDULES)}."})
+    warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps at the initial sparsity."})
+    cooldown_ratio: float = field(default=0.3, metadata={"help": "Share of the steps at the final sparsity."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names of the modules to train; all linear layers of the blocks by default."}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Names of modules to leave out."})
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the blocks to train."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list that holds the blocks, for layers_to_transform."}
+    )
+    bias: str = field(default="none", metadata={"help": f"Which biases train: one of {list(BIAS)}."})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "The paper's start, or a random one for tests."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.base_mismatch_warned = False  # shared by the layers of an adapter, so that one of them warns
+        self.peft_type = PeftType("PST")
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        for name in ("r", "mask_r"):
+            _check_rank(name, getattr(self, name))
+        for name in ("beta", "alpha1", "alpha2"):
+            _check_number(name, getattr(self, name))
+        self._check_sparsity()
+        self._check_schedule()
+        self._check_targets()
+
+    def _check_sparsity(self) -> None:
+        for name in ("sparsity", "initial_sparsity"):
+            value = getattr(self, name)
+            _check_number(name, value)
+            if not 0 <= value < 1:
+                raise ValueError(
+                    f"{name}={value!r} is not a share of pruned entries: expected 0 <= {name} < 1, "
+                    "such as 0.9 for 90 %."
+                )
+        if self.initial_sparsity > self.sparsity:
+            raise ValueError(
+                f"initial_sparsity={self.initial_sparsity!r} is larger than sparsity={self.sparsity!r}: sparsity "
+                "grows during the training, so lower initial_sparsity or raise sparsity."
+            )
+
+    def _check_schedule(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule={self.schedule!r} is unknown: expected one of {list(SCHEDULES)}.")
+        for name in ("warmup_ratio", "cooldown_ratio"):
+            value = getattr(self, name)
+            _check_number(name, value)
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}={value!r} is not a share of the training: expected 0 <= {name} <= 1.")
+        if self.warmup_ratio + self.cooldown_ratio > 1:
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio!r} and cooldown_ratio={self.cooldown_ratio!r} add up to more than "
+                "1, the whole training: lower one of them."
+            )
+
+    def _check_targets(self) -> None:
+        if self.bias not in BIAS:
+            raise ValueError(f"bias={self.bias!r} is unknown: expected one of {list(BIAS)}.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} cannot be combined with a target_modules that is "
+                f"one string ({self.target_modules!r}): give a list of names, or put the layers into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(
+                f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform: give the indices "
+                "of the layers too."
+            )
+
+
+def _check_rank(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}={value!r} is not a rank: expected an int of at least 1.")
+    if value < 1:
+        raise ValueError(f"{name}={value!r} is not a rank: expected an int of at least 1.")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}={value!r} is of type {type(value).__name__}: expected a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} is not finite: expected a number.")

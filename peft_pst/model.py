@@ -1,0 +1,128 @@
+"""PSTModel: which modules of a model are replaced by PST layers."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import PSTConfig
+from .layer import Linear, PSTLayer, active_layers, overall_sparsity
+
+# they decide which expert runs: tiny, and pruning them saves nothing
+ROUTERS = ("router", "gate", "shared_expert_gate")
+
+
+class PSTModel(BaseTuner):
+    """Replaces linear layers of a model by PST layers; made by `get_peft_model(model, PSTConfig(...))`.
+
+    Args:
+        model (`nn.Module`): The model to train; its weights are frozen.
+        config (`PSTConfig`): The configuration.
+        adapter_name (`str`): The name of the adapter.
+        low_cpu_mem_usage (`bool`): Create the factors on the meta device, to be loaded.
+    """
+
+    prefix = "pst_"
+    tuner_layer_cls = PSTLayer
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table: see default_target_modules
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Prune `int(numel * sparsity)` entries of each target weight from now on, in the active adapter.
+
+        Raises:
+            ValueError: if `sparsity` is not in [0, 1), or the adapter is merged.
+        """
+        for layer in active_layers(self):
+            layer.set_sparsity(sparsity)
+
+    def get_sparsity(self) -> float:
+        """The share of the entries of all target weights that the active adapter prunes now."""
+        return overall_sparsity(active_layers(self))
+
+    def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = default_target_modules(self.model)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config: PSTConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(target, PSTLayer):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        check_target(target, parent, current_key)
+        layer = Linear(target, adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x Wᵀ + b and nothing else."""
+    # transformers' FalconLinear overrides forward with the same formula
+    forwards = (nn.Linear.forward, Conv1D.forward)
+    return isinstance(module, (nn.Linear, Conv1D)) and (
+        type(module).forward in forwards or type(module).__name__ == "FalconLinear"
+    )
+
+
+def bypasses_forward(parent: nn.Module) -> bool:
+    """Whether a module hands the weights of its linear layers to a fused kernel, past the layers' forward."""
+    is_state_space_mixer = hasattr(parent, "A_log")  # Mamba and its kin
+    return isinstance(parent, nn.MultiheadAttention) or is_state_space_mixer
+
+
+def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
+    """Raise TypeError if a target module is not a linear layer that PST can prune."""
+    if not is_plain_linear(target):
+        raise TypeError(
+            f"The target module {key!r} is a {type(target).__name__}, but PST prunes plain linear layers "
+            "(torch.nn.Linear, transformers' Conv1D, not quantized). Name such layers in target_modules, or leave it "
+            "out and get all linear layers of the model's blocks."
+        )
+    if bypasses_forward(parent):
+        raise TypeError(
+            f"The target module {key!r} lies in a {type(parent).__name__}, which reads its weight past the layer's "
+            "forward: it would silently stay dense. Leave it out of target_modules."
+        )
+
+
+def default_target_modules(model: nn.Module) -> set[str]:
+    """The names, from the block downwards, of all linear layers in the blocks of a model.
+
+    A block is an entry of an `nn.ModuleList`, as transformers builds its models; embeddings, poolers and heads lie
+    outside. In a model of several modalities only the language model counts, as with PEFT's defaults.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    modules = dict(model.named_modules())
+    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    only = "language_model." if any("language_model." in name for name in lists) else ""
+    targets = set()
+    for name, module in modules.items():
+        outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
+        parent, _, own_name = name.rpartition(".")
+        if outermost is None or only not in name or not is_plain_linear(module):
+            continue
+        if own_name in ROUTERS or bypasses_forward(modules[parent]):
+            continue
+        # another adapter may be there already, around the layer
+        targets.add(name[len(outermost) :].partition(".")[2].removesuffix(".base_layer"))
+    targets.discard("")  # a list of bare linear layers holds heads, not blocks
+    if not targets:
+        raise ValueError(
+            f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "
+            "torch.nn.ModuleList, so there is no default. Name the layers to prune, or use 'all-linear'."
+        )
+    return targets

@@ -1,0 +1,92 @@
+"""The budget over the steps of a training: how many entries are pruned after how many optimizer steps."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .layer import active_layers, overall_sparsity
+
+if TYPE_CHECKING:
+    from .config import PSTConfig
+
+# what is left of the way from the final to the initial sparsity, after the share p of the ramp
+SCHEDULES = {
+    "cubic": lambda p: (1 - p) ** 3,
+    "linear": lambda p: 1 - p,
+    "constant": lambda p: 0.0,
+}
+
+
+def ramp_bounds(config: PSTConfig, total_steps: int) -> tuple[int, int]:
+    """The steps after which the sparsity begins to grow and is final, out of `total_steps` optimizer steps."""
+    final = total_steps - round(config.cooldown_ratio * total_steps)
+    if config.schedule == "constant":
+        return 0, 0
+    return min(round(config.warmup_ratio * total_steps), final), final
+
+
+def sparsity_at(config: PSTConfig, step: int, total_steps: int) -> float:
+    """The sparsity after `step` of `total_steps` optimizer steps (PST, arXiv 2205.11005).
+
+    s_f + (s_0 - s_f) (1 - p)³ with p the share of the ramp that is done; s_0 before the ramp, s_f after it.
+    """
+    start, final = ramp_bounds(config, total_steps)
+    if step >= final:
+        return config.sparsity
+    if step <= start:
+        return config.initial_sparsity
+    p = (step - start) / (final - start)
+    return config.sparsity + (config.initial_sparsity - config.sparsity) * SCHEDULES[config.schedule](p)
+
+
+class SparsityScheduler:
+    """Moves a model along its sparsity schedule, like a torch learning rate scheduler: `step()` after each optimizer
+    step. Creating it sets the sparsity of step 0.
+
+    The schedule is read from the config of each layer's active adapter. On several processes every one of them needs
+    its own scheduler.
+
+    Args:
+        model (`nn.Module`):
+            A model with PST layers; it may be wrapped (PeftModel, DistributedDataParallel).
+        total_steps (`int`):
+            Number of optimizer steps of the whole training.
+
+    Raises:
+        ValueError: if the model has no active PST adapter, or `total_steps` is less than 1.
+    """
+
+    def __init__(self, model: nn.Module, total_steps: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps={total_steps!r}: expected the number of optimizer steps, at least 1.")
+        self.layers = active_layers(model)
+        self.total_steps = total_steps
+        self.set_step(0)
+
+    def step(self) -> None:
+        """Set the sparsity that follows the optimizer step just made."""
+        self.set_step(self.last_step + 1)
+
+    def set_step(self, step: int) -> None:
+        """Set the sparsity that holds after `step` optimizer steps, for instance to resume a training."""
+        self.last_step = step
+        for layer in self.layers:
+            layer.set_sparsity(sparsity_at(layer.active_config, step, self.total_steps))
+
+    def is_final(self) -> bool:
+        """Whether all layers are at their final sparsity now."""
+        return all(self.last_step >= ramp_bounds(layer.active_config, self.total_steps)[1] for layer in self.layers)
+
+    def get_sparsity(self) -> float:
+        """The share of the entries of all target weights that is pruned now."""
+        return overall_sparsity(self.layers)
+
+    def state_dict(self) -> dict[str, int]:
+        """What `load_state_dict` needs to go on: the number of steps made."""
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from the step of another scheduler's `state_dict()`."""
+        self.set_step(state_dict["last_step"])
