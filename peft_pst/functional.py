@@ -5,10 +5,10 @@ input, the small factors and one bit an entry, and rebuilds the rest in backward
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from .gemm import linear
 from .importance import effective_weight, pst_importance, pst_importance_grads
 from .patterns import pack_bits, unpack_bits, unstructured_mask
 
@@ -74,8 +74,8 @@ class MaskedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, U, V, A, B, pack_bits(mask))
         ctx.scales = beta, alpha1, alpha2
         # a product with ones and zeros: on a CPU, bool operands are many times slower
-        updated.mul_(mask.view(torch.uint8).to(updated.dtype))
-        return F.linear(x, updated.to(x.dtype), bias)
+        updated.mul_(importance.copy_(mask.view(torch.uint8)))
+        return linear(x, updated.to(x.dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -91,15 +91,16 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx = dbias = dweight = dU = dV = dA = dB = dR = dC = None
     updated = effective_weight(weight, U, V, beta)
     mask = unpack_bits(bits, weight.shape, updated.dtype)
+    masked = updated * mask
     if needs_x:
-        dx = dy @ (updated * mask).to(dy.dtype)
+        dx = linear(dy, masked.to(dy.dtype).T)
     if needs_bias:
         dbias = dy.sum(0)
     if needs_weight or any(needs_factors):
-        G = (dy.T @ x).to(updated.dtype)
-        dS = G * updated
+        G = linear(dy.T, x.T).to(updated.dtype)
+        dS = torch.mul(G, updated, out=masked)
         dA, dB, dR, dC = pst_importance_grads(dS, A, B, alpha1, alpha2)
-        dupdated = mask.add_(updated.abs_()).mul_(G)
+        dupdated = updated.abs_().add_(mask).mul_(G)
         dU, dV = beta * (dupdated @ V.T), beta * (U.T @ dupdated)
         dweight = dupdated.to(weight.dtype) if needs_weight else None
     return dx, dbias, None, dweight, dU, dV, dA, dB, dR, dC, None, None, None

@@ -15,7 +15,8 @@ def pst_importance(weight: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor, a
     Returns:
         S, [out, in], in the dtype of the factors.
     """
-    return (R[:, None] + C).addmm_(A, B, beta=alpha2, alpha=alpha1).add_(weight.abs())
+    left, right = _extended(A, B, R, C, alpha1, alpha2)
+    return weight.abs().addmm_(left, right)
 
 
 def pst_importance_grads(
@@ -25,8 +26,17 @@ def pst_importance_grads(
 
     The gradient that reaches W' through |W'| is `grad ∘ sign(W')`; the caller has it in a shorter form.
     """
-    rows, columns = grad.sum(1), grad.sum(0)
-    return alpha1 * (grad @ B.T), alpha1 * (A.T @ grad), alpha2 * rows, alpha2 * columns
+    ones = grad.new_ones
+    dA, dR = (grad @ torch.cat((alpha1 * B, alpha2 * ones(1, B.shape[1]))).T).tensor_split((-1,), dim=1)
+    dB, dC = (torch.cat((alpha1 * A, alpha2 * ones(A.shape[0], 1)), dim=1).T @ grad).tensor_split((-1,))
+    return dA, dB, dR[:, 0], dC[0]
+
+
+def _extended(A: Tensor, B: Tensor, R: Tensor, C: Tensor, alpha1: float, alpha2: float) -> tuple[Tensor, Tensor]:
+    """alpha1 · A B + alpha2 · (R 1ᵀ + 1 Cᵀ) as one product, which reads and writes S once."""
+    ones = torch.ones_like
+    left = torch.cat((alpha1 * A, alpha2 * R[:, None], alpha2 * ones(R)[:, None]), dim=1)
+    return left, torch.cat((B, ones(C)[None], C[None]))
 
 
 def effective_weight(weight: Tensor, U: Tensor, V: Tensor, beta: float) -> Tensor:

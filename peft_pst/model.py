@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -45,6 +47,11 @@ class PSTModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
         if peft_config.target_modules is None:
             peft_config.target_modules = default_target_modules(self.model)
+            if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
+                raise ValueError(
+                    f"layers_to_transform={peft_config.layers_to_transform!r} needs target_modules in a model of "
+                    "several modalities: name the layers to prune."
+                )
         return peft_config
 
     def _create_and_replace(
@@ -97,32 +104,41 @@ def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
         )
 
 
-def default_target_modules(model: nn.Module) -> set[str]:
+def default_target_modules(model: nn.Module) -> set[str] | str:
     """The names, from the block downwards, of all linear layers in the blocks of a model.
 
     A block is an entry of an `nn.ModuleList`, as transformers builds its models; embeddings, poolers and heads lie
-    outside. In a model of several modalities only the language model counts, as with PEFT's defaults.
+    outside. In a model of several modalities only the language model counts, as with PEFT's defaults; the names are
+    then one regular expression.
 
     Raises:
         ValueError: if there is none.
     """
     modules = dict(model.named_modules())
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
-    only = "language_model." if any("language_model." in name for name in lists) else ""
-    targets = set()
+    multimodal = any("language_model." in name for name in lists)
+    targets, stacked = set(), []
     for name, module in modules.items():
         outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
+        if outermost is None or (multimodal and "language_model." not in name):
+            continue
+        if not isinstance(module, nn.Conv1d):
+            parameters = module.named_parameters(recurse=False)
+            stacked += [f"{name}.{key}" for key, p in parameters if p.ndim == 3 and min(p.shape) > 1]
         parent, _, own_name = name.rpartition(".")
-        if outermost is None or only not in name or not is_plain_linear(module):
-            continue
-        if own_name in ROUTERS or bypasses_forward(modules[parent]):
-            continue
-        # another adapter may be there already, around the layer
-        targets.add(name[len(outermost) :].partition(".")[2].removesuffix(".base_layer"))
+        if is_plain_linear(module) and own_name not in ROUTERS and not bypasses_forward(modules[parent]):
+            # another adapter may be there already, around the layer
+            targets.add(name[len(outermost) :].partition(".")[2].removesuffix(".base_layer"))
+    if stacked:
+        warnings.warn(
+            f"{len(stacked)} weights, such as {stacked[0]}, stay dense: PST prunes linear layers, and these hold many "
+            "experts in one tensor.",
+            stacklevel=2,
+        )
     targets.discard("")  # a list of bare linear layers holds heads, not blocks
     if not targets:
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "
             "torch.nn.ModuleList, so there is no default. Name the layers to prune, or use 'all-linear'."
         )
-    return targets
+    return rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(targets)))})" if multimodal else targets
