@@ -28,3 +28,27 @@ def bert():
 @pytest.fixture
 def tokens():
     return torch.arange(2 * 7).view(2, 7) % 99
+
+
+@pytest.fixture
+def local_hub(tmp_path, bert):
+    """A folder in which `google-bert/bert-base-uncased` and `fancyzhx/ag_news` are tiny folders of these names."""
+    import random
+
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"word{i}" for i in range(90)]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = tmp_path / "google-bert" / "bert-base-uncased"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(model)
+    bert().save_pretrained(model)
+
+    rng = random.Random(0)
+    data = tmp_path / "fancyzhx" / "ag_news"
+    data.mkdir(parents=True)
+    for split, size in (("train", 64), ("test", 32)):
+        rows = [(label, " ".join(rng.choices(words[45 * label :][:45], k=8))) for label in (0, 1) for _ in range(size)]
+        (data / f"{split}.csv").write_text("text,label\n" + "".join(f"{text},{label}\n" for label, text in rows))
+    return tmp_path

