@@ -160,7 +160,7 @@ def measure(batch: int, tokens: int, layers: int, rounds: int) -> list[list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", default="8x128,32x128", help="batches as sequences x tokens")
     args = parser.parse_args()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -102,6 +103,8 @@ class Metrics(TrainerCallback):
 @pytest.mark.parametrize("save_strategy", ["steps", "best"])
 @pytest.mark.parametrize("best", [2, 14, 16, 20])
 def test_the_best_model_is_one_at_the_final_sparsity(bert, tmp_path, best, save_strategy):
+    if save_strategy == "best" and transformers.__version__.startswith("4"):
+        pytest.skip("the Trainer of transformers 4 never loads the best model under save_strategy='best'")
     run = trainer(
         bert,
         tmp_path,
