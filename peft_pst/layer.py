@@ -36,7 +36,7 @@ class PSTLayer(BaseTunerLayer):
     """
 
     adapter_layer_names = FACTORS
-    other_param_names = ("pst_config", "pst_num_pruned", "pst_fingerprint")
+    other_param_names = ("pst_config", "pst_num_pruned", "pst_fingerprint", "_checked_fingerprints")
 
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
@@ -136,7 +136,7 @@ class InferenceWeight(NamedTuple):
     """A masked weight that evaluation uses again as long as nothing that it was computed from has changed."""
 
     sources: tuple[Tensor, ...]  # W, which is kept alive, and copies of the factors and the budget
-    versions: list[tuple[int, int]]
+    versions: list[Any]  # the address and version of each of them, the dtype and the config's scales
     weight: Tensor
 
 
@@ -215,11 +215,12 @@ class Linear(nn.Module, PSTLayer):
         On a CPU the factors are compared by value, since a write through `.data` leaves no other trace. Elsewhere that
         would cost a synchronisation, and versions, `train()`, `eval()` and training steps decide.
         """
-        weight = self.get_base_layer().weight
+        weight, config = self.get_base_layer().weight, self.pst_config[adapter_name]
         sources = (weight, *self.factors(adapter_name), self.pst_num_pruned[adapter_name])
         versions = [(tensor.data_ptr(), _version(tensor)) for tensor in sources]
+        versions += [dtype, config.beta, config.alpha1, config.alpha2]
         last = self._inference_weight
-        if last is not None and last.weight.dtype == dtype and last.versions == versions:
+        if last is not None and last.versions == versions:
             same = zip(last.sources[1:], sources[1:], strict=True)
             if weight.device.type != "cpu" or all(torch.equal(old, new) for old, new in same):
                 return last.weight

@@ -32,7 +32,8 @@ def expected_weight(model):
     layer = the_layer(model)
     weight = layer.get_base_layer().weight
     weight = (weight.T if isinstance(layer.get_base_layer(), Conv1D) else weight).detach().double()
-    updated, importance = plain_importance(weight, *(f.detach().double() for f in layer.factors("default")))
+    factors = [factor.detach().double() for factor in layer.factors("default")]
+    updated, importance = plain_importance(weight, *factors, beta=layer.active_config.beta)
     return updated * plain_mask(importance, layer.num_pruned)
 
 
@@ -210,10 +211,15 @@ def replaced_parameter(model):
     the_layer(model).pst_V.default = nn.Parameter(torch.randn(8, 17))
 
 
+def scale(model):
+    model.peft_config["default"].beta = 3.0
+
+
 @pytest.mark.filterwarnings("ignore:The PST adapter")
 @pytest.mark.parametrize(
     "change",
     [
+        scale,
         step_without_versions,
         step_of_an_optimizer,
         new_base_weight,
