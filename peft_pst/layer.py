@@ -322,7 +322,7 @@ def fingerprint(weight: Tensor) -> Tensor:
     """64 entries spread evenly over a weight, as the bits of their float64: int64 [64]. Zeros if it has no data."""
     if weight.device.type == "meta":
         return torch.zeros(FINGERPRINT_SIZE, dtype=torch.int64)
-    indices = torch.linspace(0, weight.numel() - 1, FINGERPRINT_SIZE, device=weight.device).long()
+    indices = torch.arange(FINGERPRINT_SIZE, device=weight.device) * (weight.numel() - 1) // (FINGERPRINT_SIZE - 1)
     return weight.detach().reshape(-1)[indices].double().view(torch.int64)
 
 

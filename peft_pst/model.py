@@ -86,7 +86,7 @@ def is_plain_linear(module: nn.Module) -> bool:
 def bypasses_forward(parent: nn.Module) -> bool:
     """Whether a module hands the weights of its linear layers to a fused kernel, past the layers' forward."""
     is_state_space_mixer = hasattr(parent, "A_log")  # Mamba and its kin
-    return isinstance(parent, nn.MultiheadAttention) or is_state_space_mixer
+    return isinstance(parent, (nn.MultiheadAttention, nn.TransformerEncoderLayer)) or is_state_space_mixer
 
 
 def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:

@@ -138,6 +138,11 @@ class Noisy(nn.Linear):
         (nn.Conv2d(4, 4, 1), "target", "The target module 'target' is a Conv2d, but PST prunes plain linear"),
         (Noisy(4, 4), "target", "The target module 'target' is a Noisy, but PST prunes plain linear"),
         (nn.MultiheadAttention(4, 2), "out_proj", "lies in a MultiheadAttention, which reads its weight past"),
+        (
+            nn.TransformerEncoderLayer(4, 2),
+            "linear1",
+            "lies in a TransformerEncoderLayer, which reads its weight past",
+        ),
         (Mixer(), "out_proj", "The target module 'target.out_proj' lies in a Mixer, which reads its weight past"),
     ],
 )

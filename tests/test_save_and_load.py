@@ -166,7 +166,8 @@ def test_an_adapter_that_an_older_version_wrote(bert, tokens):
     if not torch.equal(model.base_model.model.bert.embeddings.word_embeddings.weight[0], expected["base"]):
         pytest.skip("this torch draws other random numbers than the one that made the base model")
     assert model.base_model.get_sparsity() == pytest.approx(0.6, abs=1e-3)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The PST adapter")
         torch.testing.assert_close(model(input_ids=tokens).logits, expected["logits"], rtol=1e-4, atol=1e-4)
 
 
