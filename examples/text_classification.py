@@ -189,11 +189,11 @@ def main() -> None:
     optimizer = create_pst_optimizer(model, lr=args.lr, head_lr=args.head_lr)
     pst = run(make_trainer(model, tokens, tokenizer, args, optimizers=(optimizer, None), callbacks=[PSTCallback()]))
     model.save_pretrained(args.output / "adapter")
-    plot_sparsity(tensor_sparsity(model), args.output / "sparsity.png")
 
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(args.output / "merged")
     tokenizer.save_pretrained(args.output / "merged")
+    plot_sparsity(tensor_sparsity(merged, targets), args.output / "sparsity.png")
     (args.output / "targets.json").write_text(json.dumps(targets))
     shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
 

@@ -83,6 +83,7 @@ def plot_sparsity(rows: Sequence[TensorSparsity], path: str | os.PathLike) -> Fi
     axes = figure.add_subplot()
     axes.barh([row.name for row in rows], [100 * row.sparsity for row in rows])
     axes.invert_yaxis()
+    axes.margins(y=0.01)
     axes.set(xlim=(0, 100), xlabel="zeros in the weight (%)", title="Sparsity of each weight")
     axes.tick_params(axis="y", labelsize=7)
     path = Path(path)
