@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
+from .patterns import parse_pattern
 from .schedule import SCHEDULES
 
 BIAS = ("none", "all", "pst_only")
@@ -31,9 +32,13 @@ class PSTConfig(PeftConfig):
             Factor of A @ B in the importance.
         alpha2 (`float`):
             Factor of R and C, the importance of whole rows and columns.
-        sparsity (`float`):
-            Share of the entries of each target weight that is pruned at the end, in [0, 1). `int(numel * sparsity)`
-            entries are pruned.
+        pattern (`str`):
+            Which entries are pruned together: `"unstructured"`, single ones; `"N:M"` such as `"2:4"`, of every M
+            consecutive inputs N stay; `"block:RxC"`, R outputs by C inputs; `"row"` or `"column"` of a weight. Those
+            with the smallest sum of importances go first; of `"N:M"`, the groups that lose the least.
+        sparsity (`float`, *optional*):
+            Share of the entries of each target weight that is pruned at the end, in [0, 1), by default 0.9.
+            `int(units * sparsity)` units of the pattern are pruned. With `"N:M"` it follows from the pattern.
         initial_sparsity (`float`):
             Share that is pruned before the training and during its warm-up, in [0, sparsity].
         schedule (`str`):
@@ -69,7 +74,10 @@ class PSTConfig(PeftConfig):
     beta: float = field(default=1.0, metadata={"help": "Factor of U @ V in the weight."})
     alpha1: float = field(default=1.0, metadata={"help": "Factor of A @ B in the importance."})
     alpha2: float = field(default=1.0, metadata={"help": "Factor of R and C in the importance."})
-    sparsity: float = field(default=0.9, metadata={"help": "Final share of pruned entries, in [0, 1)."})
+    pattern: str = field(default="unstructured", metadata={"help": "Which entries are pruned together."})
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Final share of pruned entries, in [0, 1): 0.9, or what the pattern implies."}
+    )
     initial_sparsity: float = field(default=0.0, metadata={"help": "Share of pruned entries at the start."})
     schedule: str = field(default="cubic", metadata={"help": f"How the sparsity grows: one of {list(SCHEDULES)}."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps at the initial sparsity."})
@@ -106,6 +114,9 @@ class PSTConfig(PeftConfig):
         self._check_targets()
 
     def _check_sparsity(self) -> None:
+        implied = parse_pattern(self.pattern).max_sparsity
+        if self.sparsity is None:
+            self.sparsity = implied if implied < 1 else 0.9
         for name in ("sparsity", "initial_sparsity"):
             value = getattr(self, name)
             _check_number(name, value)
@@ -114,6 +125,11 @@ class PSTConfig(PeftConfig):
                     f"{name}={value!r} is not a share of pruned entries: expected 0 <= {name} < 1, "
                     "such as 0.9 for 90 %."
                 )
+        if implied < 1 and self.sparsity != implied:
+            raise ValueError(
+                f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which prunes {implied:g} of the "
+                "entries: leave sparsity out."
+            )
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"initial_sparsity={self.initial_sparsity!r} is larger than sparsity={self.sparsity!r}: sparsity "

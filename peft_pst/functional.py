@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .gemm import linear
 from .importance import effective_weight, pst_importance, pst_importance_grads
-from .patterns import pack_bits, unpack_bits, unstructured_mask
+from .patterns import Pattern, pack_bits, unpack_bits
 
 
 def weight_and_importance(
@@ -48,8 +48,8 @@ class MaskedLinear(torch.autograd.Function):
 
     The matrix products with x run in the dtype of x, everything else in the dtype of the factors.
 
-    Arguments of `apply`: x [tokens, in]; the bias [out] in the dtype of x, or None; how many entries are pruned, int64
-    scalar; then those of `weight_and_importance`. Returns y [tokens, out].
+    Arguments of `apply`: x [tokens, in]; the bias [out] in the dtype of x, or None; the pattern of the mask; how many
+    entries are pruned, int64 scalar; then those of `weight_and_importance`. Returns y [tokens, out].
     """
 
     @staticmethod
@@ -57,6 +57,7 @@ class MaskedLinear(torch.autograd.Function):
         ctx: FunctionCtx,
         x: Tensor,
         bias: Tensor | None,
+        pattern: Pattern,
         num_pruned: Tensor,
         weight: Tensor,
         U: Tensor,
@@ -70,7 +71,7 @@ class MaskedLinear(torch.autograd.Function):
         alpha2: float,
     ) -> Tensor:
         updated, importance = weight_and_importance(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
-        mask = unstructured_mask(importance, int(num_pruned))
+        mask = pattern.mask(importance, int(num_pruned))
         ctx.save_for_backward(x, weight, U, V, A, B, pack_bits(mask))
         ctx.scales = beta, alpha1, alpha2
         # a product with ones and zeros: on a CPU, bool operands are many times slower
@@ -87,7 +88,7 @@ class MaskedLinear(torch.autograd.Function):
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, U, V, A, B, bits = ctx.saved_tensors
     beta, alpha1, alpha2 = ctx.scales
-    needs_x, needs_bias, _, needs_weight, *needs_factors = ctx.needs_input_grad[:10]
+    needs_x, needs_bias, _, _, needs_weight, *needs_factors = ctx.needs_input_grad[:11]
     dx = dbias = dweight = dU = dV = dA = dB = dR = dC = None
     updated = effective_weight(weight, U, V, beta)
     mask = unpack_bits(bits, weight.shape, updated.dtype)
@@ -103,4 +104,4 @@ def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         dupdated = updated.abs_().add_(mask).mul_(G)
         dU, dV = beta * (dupdated @ V.T), beta * (U.T @ dupdated)
         dweight = dupdated.to(weight.dtype) if needs_weight else None
-    return dx, dbias, None, dweight, dU, dV, dA, dB, dR, dC, None, None, None
+    return dx, dbias, None, None, dweight, dU, dV, dA, dB, dR, dC, None, None, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .functional import MaskedLinear, weight_and_importance
-from .patterns import unstructured_mask
+from .patterns import parse_pattern
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -57,7 +57,8 @@ class PSTLayer(BaseTunerLayer):
         self.pst_config[adapter_name] = config
         for name, shape in zip(FACTORS, shapes, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(torch.zeros(shape))
-        self.pst_num_pruned[adapter_name] = torch.tensor(int(n * k * config.initial_sparsity))
+        num_pruned = parse_pattern(config.pattern).num_pruned(torch.Size((n, k)), config.initial_sparsity)
+        self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned)
         self.pst_fingerprint[adapter_name] = fingerprint(self.get_base_layer().weight)
         self.reset_pst_parameters(adapter_name, config.init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -91,10 +92,11 @@ class PSTLayer(BaseTunerLayer):
         return int(self.pst_num_pruned[self.active_pst_adapter])
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Prune `int(numel * sparsity)` entries from now on, by the active adapter.
+        """Prune `int(units * sparsity)` units of the pattern from now on, by the active adapter; single entries where
+        it is unstructured.
 
         Raises:
-            ValueError: if `sparsity` is not in [0, 1), or the adapter is merged.
+            ValueError: if `sparsity` is not in [0, 1) or more than the pattern allows, or the adapter is merged.
         """
         if not 0 <= sparsity < 1:
             raise ValueError(f"sparsity={sparsity!r}: expected 0 <= sparsity < 1, such as 0.9 for 90 %.")
@@ -103,7 +105,15 @@ class PSTLayer(BaseTunerLayer):
                 f"The adapter {self.merged_adapters} is merged: its mask is already applied to the weight. Call "
                 "unmerge_adapter() before changing the sparsity."
             )
-        self.pst_num_pruned[self.active_pst_adapter].fill_(int(self.out_features * self.in_features * sparsity))
+        config = self.active_config
+        pattern = parse_pattern(config.pattern)
+        if sparsity > pattern.max_sparsity:
+            raise ValueError(
+                f"sparsity={sparsity!r} is more than pattern={config.pattern!r} prunes: expected at most "
+                f"{pattern.max_sparsity:g}."
+            )
+        shape = torch.Size((self.out_features, self.in_features))
+        self.pst_num_pruned[self.active_pst_adapter].fill_(pattern.num_pruned(shape, sparsity))
 
     def factors(self, adapter_name: str) -> tuple[Tensor, ...]:
         """U, V, A, B, R, C of an adapter."""
@@ -136,7 +146,7 @@ class InferenceWeight(NamedTuple):
     """A masked weight that evaluation uses again as long as nothing that it was computed from has changed."""
 
     sources: tuple[Tensor, ...]  # W, which is kept alive, and copies of the factors and the budget
-    versions: list[Any]  # the address and version of each of them, the dtype and the config's scales
+    versions: list[Any]  # the address and version of each of them, the dtype, and what counts of the config
     weight: Tensor
 
 
@@ -206,7 +216,8 @@ class Linear(nn.Module, PSTLayer):
         """M ∘ W', [out, in], in the dtype of the factors."""
         self.check_fingerprint(adapter_name)
         updated, importance = weight_and_importance(*self._arguments(adapter_name))
-        mask = unstructured_mask(importance, int(self.pst_num_pruned[adapter_name]))
+        pattern = parse_pattern(self.pst_config[adapter_name].pattern)
+        mask = pattern.mask(importance, int(self.pst_num_pruned[adapter_name]))
         return updated.masked_fill_(~mask, 0)  # a product with the mask would leave -0.0
 
     def _weight_for_inference(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
@@ -218,7 +229,7 @@ class Linear(nn.Module, PSTLayer):
         weight, config = self.get_base_layer().weight, self.pst_config[adapter_name]
         sources = (weight, *self.factors(adapter_name), self.pst_num_pruned[adapter_name])
         versions = [(tensor.data_ptr(), _version(tensor)) for tensor in sources]
-        versions += [dtype, config.beta, config.alpha1, config.alpha2]
+        versions += [dtype, config.pattern, config.beta, config.alpha1, config.alpha2]
         last = self._inference_weight
         if last is not None and last.versions == versions:
             same = zip(last.sources[1:], sources[1:], strict=True)
@@ -245,10 +256,9 @@ class Linear(nn.Module, PSTLayer):
             if self._trains(adapter_name):
                 self._inference_weight = None
                 self.check_fingerprint(adapter_name)
+                rows, pattern = x.reshape(-1, self.in_features), parse_pattern(self.active_config.pattern)
                 num_pruned = self.pst_num_pruned[adapter_name]
-                y = MaskedLinear.apply(
-                    x.reshape(-1, self.in_features), bias, num_pruned, *self._arguments(adapter_name)
-                )
+                y = MaskedLinear.apply(rows, bias, pattern, num_pruned, *self._arguments(adapter_name))
                 y = y.view(*x.shape[:-1], self.out_features)
             else:
                 y = F.linear(x, self._weight_for_inference(adapter_name, x.dtype), bias)

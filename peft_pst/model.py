@@ -6,12 +6,14 @@ import re
 import warnings
 from typing import Any, ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner
+import torch
+from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import PSTConfig
 from .layer import Linear, PSTLayer, active_layers, overall_sparsity
+from .patterns import parse_pattern
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -64,10 +66,13 @@ class PSTModel(BaseTuner):
         current_key: str,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(target, PSTLayer):
+            check_target(target, parent, current_key)
+        in_features, out_features = _get_in_out_features(getattr(target, "base_layer", target))
+        parse_pattern(peft_config.pattern).check_shape(torch.Size((out_features, in_features)), current_key)
         if isinstance(target, PSTLayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
-        check_target(target, parent, current_key)
         layer = Linear(target, adapter_name, peft_config, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)

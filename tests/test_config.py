@@ -79,3 +79,17 @@ def test_bias(bias, trained):
     model(torch.randn(2, 4)).sum().backward()
     grads = [p.grad is not None for name, p in model.named_parameters() if name.endswith("bias")]
     assert sum(grads) == trained
+
+
+def test_n_of_m_implies_its_sparsity():
+    assert PSTConfig(pattern="2:4").sparsity == PSTConfig(pattern="2:4", sparsity=0.5).sparsity == 0.5
+    assert PSTConfig(pattern="1:4").sparsity == 0.75
+    with pytest.raises(ValueError, match="sparsity=0.9 contradicts pattern='2:4', which prunes 0.5 of the entries"):
+        PSTConfig(pattern="2:4", sparsity=0.9)
+    with pytest.raises(ValueError, match="pattern='2of4' is unknown"):
+        PSTConfig(pattern="2of4")
+
+
+def test_a_saved_pattern_is_the_same_pattern(tmp_path):
+    PSTConfig(pattern="1:3").save_pretrained(tmp_path)
+    assert PSTConfig.from_pretrained(tmp_path) == PSTConfig(pattern="1:3")

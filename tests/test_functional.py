@@ -8,9 +8,14 @@ from transformers.pytorch_utils import Conv1D
 from peft_pst import PSTConfig
 from peft_pst.functional import MaskedLinear
 from peft_pst.layer import FACTORS
+from peft_pst.patterns import parse_pattern
 
 NAMES = ("x", "bias", "weight", "U", "V", "A", "B", "R", "C")
 SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.4}
+
+
+def masked_linear(x, bias, num_pruned, *arguments):
+    return MaskedLinear.apply(x, bias, parse_pattern("unstructured"), num_pruned, *arguments)
 
 
 def case(kind, n, k):
@@ -41,7 +46,7 @@ def test_output_and_gradients_are_those_of_the_formula(kind, sparsity, layout):
         tensors[2] = tensors[2].detach().T.contiguous().T.requires_grad_()
     num_pruned = torch.tensor(int(12 * 17 * sparsity))
     dy = torch.randn(5, 12, dtype=torch.float64)
-    mine = outputs_and_grads(MaskedLinear.apply, tensors, num_pruned, scales, dy)
+    mine = outputs_and_grads(masked_linear, tensors, num_pruned, scales, dy)
     plain = outputs_and_grads(plain_pst, tensors, num_pruned, scales, dy)
     for name, a, b in zip(("y", *NAMES), mine, plain, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, msg=lambda text, name=name: f"{name}: {text}")
@@ -75,7 +80,7 @@ def test_the_layer_is_the_formula(base, sparsity):
 
 def test_gradients_that_nobody_needs_are_not_computed():
     (x, bias, weight, *factors), scales = case("distinct", 12, 17)
-    y = MaskedLinear.apply(x.detach(), bias.detach(), torch.tensor(100), weight.detach(), *factors, *scales)
+    y = masked_linear(x.detach(), bias.detach(), torch.tensor(100), weight.detach(), *factors, *scales)
     y.sum().backward()
     assert x.grad is None and weight.grad is None and all(factor.grad is not None for factor in factors)
 
@@ -84,7 +89,7 @@ def test_keeps_the_input_the_factors_and_one_bit_an_entry():
     (x, bias, weight, *factors), scales = case("distinct", 64, 96)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        MaskedLinear.apply(x, bias, torch.tensor(5000), weight, *factors, *scales)
+        masked_linear(x, bias, torch.tensor(5000), weight, *factors, *scales)
     new = [t for t in kept if all(t.data_ptr() != old.data_ptr() for old in (x, weight, *factors))]
     assert [(t.dtype, t.numel()) for t in new] == [(torch.uint8, 64 * 96 // 8)]
 

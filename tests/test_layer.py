@@ -135,8 +135,8 @@ def test_two_adapters_on_one_layer_are_refused(use):
 @pytest.fixture
 def selections(monkeypatch):
     calls = []
-    original = layer_module.unstructured_mask
-    monkeypatch.setattr(layer_module, "unstructured_mask", lambda *a: calls.append(1) or original(*a))
+    original = layer_module.weight_and_importance
+    monkeypatch.setattr(layer_module, "weight_and_importance", lambda *a: calls.append(1) or original(*a))
     return calls
 
 

@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from peft_pst import PSTConfig, PSTLayer
+from peft_pst import PSTConfig, PSTLayer, SparsityScheduler
 from peft_pst.model import default_target_modules, is_plain_linear
+from peft_pst.patterns import parse_pattern
 
 LLAMA = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 SWIGLU = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -221,3 +222,43 @@ def test_generation_is_that_of_the_merged_model():
     assert any(isinstance(m, Conv1D) for m in model.modules())
     merged = model.merge_and_unload().generate(input_ids=prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert torch.equal(unmerged, merged)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sparsity"),
+    [("2:4", 0.5), ("1:4", 0.75), ("block:8x1", 0.9), ("block:16x16", 0.5), ("row", 0.5), ("column", 0.5)],
+)
+def test_a_pattern_holds_from_the_schedule_to_the_merged_model(bert, tokens, pattern, sparsity):
+    config = PSTConfig(task_type="SEQ_CLS", pattern=pattern, sparsity=sparsity, init_weights=False)
+    model = get_peft_model(bert(), config)
+    names, scheduler = model.base_model.targeted_module_names, SparsityScheduler(model, total_steps=4)
+    seen = []
+    for _ in range(4):
+        model(input_ids=tokens, labels=torch.tensor([0, 1])).loss.backward()
+        scheduler.step()
+        seen.append(model.base_model.get_sparsity())
+    assert seen == sorted(seen)
+    with torch.no_grad():
+        logits = model.eval()(input_ids=tokens).logits
+        merged = model.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=tokens).logits, logits, rtol=1e-4, atol=1e-4)
+    allowed = parse_pattern(pattern)
+    for name in names:
+        weight = merged.get_submodule(name).weight.detach()
+        num_pruned = allowed.num_pruned(weight.shape, sparsity)
+        assert (weight == 0).sum() == num_pruned
+        # the zeros are whole units: pruning what is zero already changes nothing
+        assert torch.equal(allowed.mask(weight.abs(), num_pruned), weight != 0)
+
+
+def test_a_target_that_the_pattern_does_not_divide_is_named(bert):
+    with pytest.raises(
+        ValueError, match=r"pattern='block:48x48' does not divide the weight of 'bert.*query', \[out=32, i"
+    ):
+        get_peft_model(bert(), PSTConfig(pattern="block:48x48"))
+
+
+def test_more_than_the_pattern_prunes_is_refused(bert):
+    model = get_peft_model(bert(), PSTConfig(pattern="2:4"))
+    with pytest.raises(ValueError, match="sparsity=0.6 is more than pattern='2:4' prunes: expected at most 0.5"):
+        model.base_model.set_sparsity(0.6)

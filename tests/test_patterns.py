@@ -3,8 +3,7 @@ import pytest
 import torch
 from reference import plain_mask
 
-from peft_pst import patterns
-from peft_pst.patterns import pack_bits, unpack_bits, unstructured_mask
+from peft_pst.patterns import keep_largest, pack_bits, parse_pattern, selection, unpack_bits
 
 
 def importances(kind, shape, dtype):
@@ -24,7 +23,7 @@ def importances(kind, shape, dtype):
 def test_prunes_exactly_the_least_important(kind, dtype, share):
     scores = importances(kind, (13, 29), dtype)
     num_pruned = int(share * scores.numel())
-    mask = unstructured_mask(scores, num_pruned)
+    mask = keep_largest(scores, num_pruned)
     assert mask.dtype == torch.bool and mask.shape == scores.shape
     assert (~mask).sum() == num_pruned
     assert torch.equal(mask, plain_mask(scores.float() if dtype != torch.float64 else scores, num_pruned).bool())
@@ -35,12 +34,91 @@ def test_prunes_exactly_the_least_important(kind, dtype, share):
 def test_the_path_for_other_devices_gives_the_same_mask(kind, share):
     scores = importances(kind, (13, 29), torch.float32)
     num_pruned = int(share * scores.numel())
-    assert torch.equal(patterns._mask_torch(scores, num_pruned), patterns._mask_numpy(scores, num_pruned))
+    assert torch.equal(selection._mask_torch(scores, num_pruned), selection._mask_numpy(scores, num_pruned))
 
 
 def test_the_mask_does_not_depend_on_the_memory_layout():
     scores = importances("ties", (13, 29), torch.float32)
-    assert torch.equal(unstructured_mask(scores, 200), unstructured_mask(scores.T.contiguous().T, 200))
+    assert torch.equal(keep_largest(scores, 200), keep_largest(scores.T.contiguous().T, 200))
+
+
+def slow_mask(pattern, importance, num_pruned):
+    """Which entries stay, as the pattern's definition reads: units in order, the cheapest first, in plain Python."""
+    n, k = importance.shape
+    values = importance.tolist()
+    units = []  # what a unit costs, and the entries that it loses
+    if ":" in pattern and not pattern.startswith("block"):
+        kept, size = map(int, pattern.split(":"))
+        for i in range(n):
+            for start in range(0, k, size):
+                group = sorted((values[i][j], j) for j in range(start, start + size))[: size - kept]
+                units.append((sum(value for value, _ in group), [(i, j) for _, j in group]))
+    else:
+        rows, columns = {"unstructured": (1, 1), "row": (1, k), "column": (n, 1)}.get(pattern) or map(
+            int, pattern.removeprefix("block:").split("x")
+        )
+        for i in range(0, n, rows):
+            for j in range(0, k, columns):
+                entries = [(a, b) for a in range(i, i + rows) for b in range(j, j + columns)]
+                units.append((sum(values[a][b] for a, b in entries), entries))
+    keep = [[True] * k for _ in range(n)]
+    pruned = 0
+    for _, entries in sorted(units, key=lambda unit: unit[0]):
+        if pruned == num_pruned:
+            break
+        for i, j in entries:
+            keep[i][j] = False
+            pruned += 1
+    return torch.tensor(keep)
+
+
+PATTERNS = ["unstructured", "row", "column", "2:4", "1:4", "4:8", "1:2", "3:4", "block:8x1", "block:4x4", "block:1x8"]
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+@pytest.mark.parametrize("kind", ["distinct", "ties", "zeros", "equal"])
+@pytest.mark.parametrize("share", [0, 0.3, 0.5, 0.9, 1])
+def test_each_pattern_keeps_its_best_units(text, kind, share):
+    pattern = parse_pattern(text)
+    # whole eighths: sums are exact, so units that tie do so for both
+    importance = (8 * importances(kind, (16, 24), torch.float64)).round() / 8
+    pattern.check_shape(importance.shape, "weight")
+    num_pruned = pattern.num_pruned(importance.shape, share * pattern.max_sparsity)
+    mask = pattern.mask(importance, num_pruned)
+    assert mask.dtype == torch.bool and mask.shape == importance.shape
+    assert (~mask).sum() == num_pruned
+    assert torch.equal(mask, slow_mask(text, importance, num_pruned))
+    for dtype in (torch.float32, torch.bfloat16):
+        if torch.equal(importance.to(dtype).double(), importance):
+            assert torch.equal(pattern.mask(importance.to(dtype), num_pruned), mask)
+    assert torch.equal(pattern.mask(importance.T.contiguous().T, num_pruned), mask)
+
+
+@pytest.mark.parametrize("text", PATTERNS)
+def test_the_budget_is_whole_units_and_at_most_the_sparsity(text):
+    pattern, shape = parse_pattern(text), torch.Size((16, 24))
+    unit = {"row": 24, "column": 16, "2:4": 2, "1:4": 3, "4:8": 4, "block:8x1": 8, "block:4x4": 16, "block:1x8": 8}
+    for sparsity in (0, 0.1, 0.37, 0.5, 0.75, 0.9):
+        if sparsity <= pattern.max_sparsity:
+            pruned = pattern.num_pruned(shape, sparsity)
+            assert pruned % unit.get(text, 1) == 0 and 0 <= 16 * 24 * sparsity - pruned < unit.get(text, 1) + 1e-9
+    assert pattern.num_pruned(shape, pattern.max_sparsity) == round(16 * 24 * pattern.max_sparsity)
+
+
+@pytest.mark.parametrize("text", ["4:2", "0:4", "2:2", "block:0x4", "block:8", "blocks", "2:4:8", "1:300", "", 24])
+def test_an_unknown_pattern_is_named(text):
+    with pytest.raises(
+        ValueError, match=f"pattern={text!r} is unknown: expected 'unstructured', 'row', 'column', 'N:M'"
+    ):
+        parse_pattern(text)
+
+
+@pytest.mark.parametrize(("text", "shape"), [("2:4", (8, 6)), ("block:8x1", (12, 4)), ("block:2x3", (4, 4))])
+def test_a_shape_that_the_pattern_does_not_divide_is_named(text, shape):
+    with pytest.raises(
+        ValueError, match=rf"pattern='{text}' does not divide the weight of 'fc', \[out={shape[0]}, in={shape[1]}"
+    ):
+        parse_pattern(text).check_shape(torch.Size(shape), "fc")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (8, 16), (7, 9)])

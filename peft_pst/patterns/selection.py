@@ -1,24 +1,22 @@
-"""Which masks are allowed, the exact selection under a budget, and masks as bits."""
+"""The exact selection under a budget."""
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)  # the order of numpy.packbits
 
-
-def unstructured_mask(importance: Tensor, num_pruned: int) -> Tensor:
-    """Prune the `num_pruned` least important entries, wherever they are.
+def keep_largest(importance: Tensor, num_pruned: int) -> Tensor:
+    """Prune the `num_pruned` least important entries.
 
     Entries of equal importance are pruned in row-major order, so the count is exact and the mask does not depend on
     the device or on how the importance is laid out in memory.
 
     Args:
-        importance: [out, in], any floating dtype.
+        importance: any shape, any floating dtype.
         num_pruned: from 0 to the number of entries.
 
     Returns:
-        The mask, [out, in], bool: True where an entry stays.
+        The mask, bool, of the same shape: True where an entry stays.
     """
     if importance.dtype in (torch.float16, torch.bfloat16):
         importance = importance.float()  # exact, and numpy knows no bfloat16
@@ -46,21 +44,3 @@ def _mask_torch(importance: Tensor, num_pruned: int) -> Tensor:
     num_ties_pruned = num_pruned - (~keep & ~ties).sum()
     keep |= ties & (ties.cumsum(0) > num_ties_pruned)
     return keep.view(importance.shape)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """A bool mask as one bit an entry, uint8 [ceil(numel / 8)], in the order of `numpy.packbits`."""
-    flat = mask.flatten()
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy()))
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded * padded.new_tensor(_BIT_WEIGHTS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """The mask of `pack_bits` again, as ones and zeros of `shape` and `dtype`."""
-    numel = shape.numel()
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel)).view(shape).to(dtype)
-    ones = (bits[:, None] & bits.new_tensor(_BIT_WEIGHTS)) != 0
-    return ones.flatten()[:numel].view(shape).to(dtype)
