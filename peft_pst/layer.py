@@ -247,6 +247,10 @@ class Linear(nn.Module, PSTLayer):
             self.unmerge()
         if self.disable_adapters or self.merged or adapter_name is None:
             return self.base_layer(x, *args, **kwargs)
+        return self._masked_forward(x, adapter_name)
+
+    @torch.compiler.disable  # the selection runs in numpy: one break in the graph a layer, and no recompilation
+    def _masked_forward(self, x: Tensor, adapter_name: str) -> Tensor:
         weight, bias = self.get_base_layer().weight, self.get_base_layer().bias
         input_dtype, device = x.dtype, x.device.type
         autocast = torch.is_autocast_enabled(device)

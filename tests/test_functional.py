@@ -137,3 +137,19 @@ def test_backward_inside_autocast_is_not_rounded_twice():
         inside = torch.autograd.grad(loss, factors, retain_graph=True)
     for a, b in zip(inside, torch.autograd.grad(loss, factors), strict=True):
         assert torch.equal(a, b)
+
+
+def test_compiled_is_eager_and_a_new_sparsity_recompiles_nothing():
+    layers = nn.Sequential(nn.Linear(32, 24), nn.ReLU(), nn.Linear(24, 8))
+    model = get_peft_model(layers, PSTConfig(target_modules=["0", "2"], init_weights=False)).train()
+    factors = [p for p in model.parameters() if p.requires_grad]
+    x = torch.randn(5, 32)
+    compiled = torch.compile(model, backend="aot_eager")
+    compiled(x).sum().backward()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for sparsity in (0.1, 0.5, 0.9):
+            model.base_model.set_sparsity(sparsity)
+            results = [run(x) for run in (compiled, model)]
+            assert torch.equal(*results)
+            for a, b in zip(*(torch.autograd.grad(y.sum(), factors) for y in results), strict=True):
+                assert torch.equal(a, b)
