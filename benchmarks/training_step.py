@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from unittest.mock import patch
 
 import peft
@@ -78,9 +79,10 @@ def plain(model: nn.Module) -> nn.Module:
     return model
 
 
-def pst(model: nn.Module) -> nn.Module:
-    model = get_peft_model(model, PSTConfig(target_modules=TARGETS))
-    model.base_model.set_sparsity(SPARSITY)
+def pst(model: nn.Module, pattern: str = "unstructured") -> nn.Module:
+    config = PSTConfig(target_modules=TARGETS, pattern=pattern)
+    model = get_peft_model(model, config)
+    model.base_model.set_sparsity(config.sparsity)  # 0.9, or what N:M implies
     return model
 
 
@@ -125,9 +127,10 @@ def bytes_saved(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def measure(batch: int, tokens: int, layers: int, rounds: int) -> list[list[str]]:
+def measure(batch: int, tokens: int, layers: int, rounds: int, patterns: list[str]) -> list[list[str]]:
     x = torch.randn(batch, tokens, 768)
     variants = {name: make for name, make in VARIANTS.items() if name != MKL_ONLY or gemm.prefers_onednn()}
+    variants |= {f"PST, {pattern}": partial(pst, pattern=pattern) for pattern in patterns}
     models = {name: make(encoder(layers)).train() for name, make in variants.items()}
     optimizers = {
         name: torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
@@ -163,12 +166,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tokens", default="8x128,32x128", help="batches as sequences x tokens")
+    parser.add_argument("--patterns", nargs="*", default=[], help="patterns of PST to measure as well, such as 2:4")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for shape in args.tokens.split(","):
         batch, tokens = map(int, shape.split("x"))
-        rows += measure(batch, tokens, args.layers, args.rounds)
+        rows += measure(batch, tokens, args.layers, args.rounds, args.patterns)
     print(f"{cpu_name()}, {args.threads} threads, Python {platform.python_version()}, torch {torch.__version__},")
     print(f"peft {peft.__version__}, transformers {transformers.__version__}; sparsity {SPARSITY}\n")
     header = ("tokens", "training", "CPU time a step", "to PST", "forward+backward", "saved for backward", "to PST")
