@@ -63,7 +63,7 @@ def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
         if lr > MAX_FACTOR_LR and any(id(parameter) in factors for parameter in group["params"]):
             warnings.warn(
                 f"The PST factors train with a learning rate of {lr:g}. They start at N(0, 1), and above "
-                f"{MAX_FACTOR_LR:g} a training tends to end at chance. Give them their own: "
+                f"{MAX_FACTOR_LR:g} a training loses accuracy or does not learn at all. Give them their own: "
                 "Trainer(optimizers=(create_pst_optimizer(model), None)).",
                 stacklevel=2,
             )

@@ -7,7 +7,7 @@ from torch import nn
 
 from .layer import FACTORS, PSTLayer
 
-# above it the factors diverge on the models that were tried: the README's table shows where
+# the largest rate that the paper trains BERT-base with
 MAX_FACTOR_LR = 5e-4
 
 
