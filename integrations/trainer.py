@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_pst.layer import FACTORS
-from peft_pst.optimizer import MAX_FACTOR_LR
+from peft_pst.optimizer import MAX_FACTOR_LR, factor_ids
 from peft_pst.schedule import SparsityScheduler
 
 
@@ -57,7 +56,7 @@ class PSTCallback(TrainerCallback):
 
 
 def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
-    factors = {id(p) for name, p in model.named_parameters() if any(f".{factor}." in name for factor in FACTORS)}
+    factors = factor_ids(model)
     for group in getattr(optimizer, "param_groups", ()):
         lr = group.get("initial_lr", group["lr"])
         if lr > MAX_FACTOR_LR and any(id(parameter) in factors for parameter in group["params"]):

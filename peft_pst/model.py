@@ -34,10 +34,11 @@ class PSTModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table: see default_target_modules
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Prune `int(numel * sparsity)` entries of each target weight from now on, in the active adapter.
+        """Prune `int(units * sparsity)` units of the pattern in each target weight from now on, by the active adapter;
+        single entries where it is unstructured.
 
         Raises:
-            ValueError: if `sparsity` is not in [0, 1), or the adapter is merged.
+            ValueError: if `sparsity` is not in [0, 1) or more than the pattern allows, or the adapter is merged.
         """
         for layer in active_layers(self):
             layer.set_sparsity(sparsity)

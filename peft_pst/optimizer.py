@@ -33,13 +33,7 @@ def create_pst_optimizer(
     Raises:
         ValueError: if no factor of a PST adapter trains.
     """
-    factors = {
-        id(parameter)
-        for layer in model.modules()
-        if isinstance(layer, PSTLayer)
-        for name in FACTORS
-        for parameter in getattr(layer, name).values()
-    }
+    factors = factor_ids(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trainable if id(p) in factors], "lr": lr},
@@ -51,3 +45,9 @@ def create_pst_optimizer(
             "or load the adapter with is_trainable=True."
         )
     return optimizer_cls([group for group in groups if group["params"]], lr=lr, **kwargs)
+
+
+def factor_ids(model: nn.Module) -> set[int]:
+    """The `id()` of each factor of all PST adapters of a model."""
+    layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
+    return {id(factor) for layer in layers for name in FACTORS for factor in getattr(layer, name).values()}

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)  # the order of numpy.packbits
@@ -9,17 +10,27 @@ _BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)  # the order of numpy.packbits
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A bool mask as one bit an entry, uint8 [ceil(numel / 8)], in the order of `numpy.packbits`."""
-    flat = mask.flatten()
-    if flat.device.type == "cpu":
-        return torch.from_numpy(np.packbits(flat.numpy()))
-    padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded * padded.new_tensor(_BIT_WEIGHTS, dtype=torch.uint8)).sum(1, dtype=torch.uint8)
+    return (_pack_numpy if mask.device.type == "cpu" else _pack_torch)(mask.flatten())
 
 
 def unpack_bits(bits: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The mask of `pack_bits` again, as ones and zeros of `shape` and `dtype`."""
-    numel = shape.numel()
-    if bits.device.type == "cpu":
-        return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel)).view(shape).to(dtype)
-    ones = (bits[:, None] & bits.new_tensor(_BIT_WEIGHTS)) != 0
-    return ones.flatten()[:numel].view(shape).to(dtype)
+    unpack = _unpack_numpy if bits.device.type == "cpu" else _unpack_torch
+    return unpack(bits, shape.numel()).view(shape).to(dtype)
+
+
+def _pack_numpy(flat: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(flat.numpy()))
+
+
+def _pack_torch(flat: Tensor) -> Tensor:
+    padded = F.pad(flat.view(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
+    return (padded * padded.new_tensor(_BIT_WEIGHTS)).sum(1, dtype=torch.uint8)
+
+
+def _unpack_numpy(bits: Tensor, numel: int) -> Tensor:
+    return torch.from_numpy(np.unpackbits(bits.numpy(), count=numel))
+
+
+def _unpack_torch(bits: Tensor, numel: int) -> Tensor:
+    return ((bits[:, None] & bits.new_tensor(_BIT_WEIGHTS)) != 0).flatten()[:numel]

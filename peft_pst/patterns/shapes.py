@@ -3,7 +3,7 @@
 import functools
 import re
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class Blocks:
 
     rows: int
     columns: int
-    max_sparsity: float = 1.0
+    max_sparsity: ClassVar[float] = 1.0
 
     def _size(self, shape: torch.Size) -> tuple[int, int]:
         return self.rows or shape[0], self.columns or shape[1]
