@@ -53,7 +53,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the PST factors")
     parser.add_argument("--head-lr", type=float, default=1e-3, help="learning rate of the new head under PST")
     parser.add_argument("--dense-lr", type=float, default=5e-5, help="learning rate of dense fine-tuning")
-    parser.add_argument("--limit", type=int, help="use only so many texts of each split")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="only evaluate the model in FOLDER, as JSON")
     return parser.parse_args()
@@ -85,8 +84,6 @@ def load_texts(args: argparse.Namespace) -> DatasetDict:
             data = data.rename_column(args.label_column, "label")
         if not isinstance(data["train"].features["label"], ClassLabel):
             data = data.class_encode_column("label")
-    if args.limit:
-        data = DatasetDict({name: split.shuffle(seed=0).take(args.limit) for name, split in data.items()})
     return data
 
 
