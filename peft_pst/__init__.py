@@ -4,6 +4,7 @@ Importing this package registers PST with PEFT: from then on `get_peft_model`, `
 transformers' `load_adapter` understand `PSTConfig` and the adapters that it made.
 """
 
+from .calibration import calibrate
 from .config import PSTConfig
 from .layer import PSTLayer
 from .model import PSTModel
@@ -20,6 +21,7 @@ __all__ = [
     "PSTModel",
     "SparsityScheduler",
     "TensorSparsity",
+    "calibrate",
     "create_pst_optimizer",
     "format_table",
     "plot_sparsity",

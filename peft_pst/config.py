@@ -1,19 +1,24 @@
 """PSTConfig: every choice that PST offers, validated where it is made."""
 
 import math
+import warnings
 from dataclasses import dataclass, field
 
 from peft import PeftConfig, PeftType
 
-from .patterns import parse_pattern
+from .importance import IMPORTANCES, Importance
+from .patterns import COUPLED, GroupsOf, parse_pattern
 from .schedule import SCHEDULES
+from .update import UPDATES
 
 BIAS = ("none", "all", "pst_only")
+BUDGETS = ("layer", "global")
 
 
 @dataclass
 class PSTConfig(PeftConfig):
-    """Configuration of parameter-efficient sparse training (PST, arXiv 2205.11005).
+    """Configuration of sparse training: how a weight trains, what its entries are worth, which may be pruned together,
+    how many stay. The defaults are parameter-efficient sparse training (PST, arXiv 2205.11005).
 
     With W the frozen weight of a target module, [out, in]:
 
@@ -22,20 +27,40 @@ class PSTConfig(PeftConfig):
         y  = (M ∘ W') x + b,  M keeps the entries with the largest S
 
     Args:
+        importance (`str`):
+            S. `"pst"` as above; `"magnitude"`, |W'|; `"movement"`, a full matrix of trained scores (arXiv
+            2005.07683), and `"soft_movement"`, the same scores under one threshold for the model and a penalty;
+            `"l0"`, hard concrete gates (arXiv 1712.01312); `"wanda"`, |W'| times the norm of the input (arXiv
+            2306.11695), which needs `calibrate(model, dataloader)`.
+        update (`str`):
+            W'. `"low_rank"` as above; `"full"`, W + D with a dense delta D that trains; `"none"`, W itself.
         r (`int`):
-            Rank of U @ V, the update of the weight.
+            Rank of U @ V, the low-rank update of the weight.
         mask_r (`int`):
-            Rank of A @ B, the data-driven importance of single entries.
+            Rank of A @ B, PST's data-driven importance of single entries.
         beta (`float`):
             Factor of U @ V in the weight.
         alpha1 (`float`):
-            Factor of A @ B in the importance.
+            Factor of A @ B in PST's importance.
         alpha2 (`float`):
-            Factor of R and C, the importance of whole rows and columns.
+            Factor of R and C, PST's importance of whole rows and columns.
+        penalty (`float`):
+            Factor of what `"soft_movement"` and `"l0"` charge for open gates, the mean of sigmoid(S) or of a gate's
+            probability of being open over all target entries. It is added to the loss that the model returns in
+            training; `model.base_model.penalty()` gives it to a loop with a loss of its own.
         pattern (`str`):
             Which entries are pruned together: `"unstructured"`, single ones; `"N:M"` such as `"2:4"`, of every M
-            consecutive inputs N stay; `"block:RxC"`, R outputs by C inputs; `"row"` or `"column"` of a weight. Those
-            with the smallest sum of importances go first; of `"N:M"`, the groups that lose the least.
+            consecutive inputs N stay; `"block:RxC"`, R outputs by C inputs; `"row"` or `"column"` of a weight;
+            `"neuron"`, an intermediate unit of a feed-forward block with its rows and its column; `"head"`, an
+            attention head, or a group that shares a key and a value, with its rows and columns. Those with the
+            smallest sum of importances go first; of `"N:M"`, the groups that lose the least.
+        coupled_modules (`list[list[str]]`, *optional*):
+            For `"neuron"` and `"head"` in an architecture that is not known: the names of the linear layers of each
+            structure, those that make the units first, the one that takes them last, such as
+            `[["gate_proj", "up_proj", "down_proj"]]`.
+        budget (`str`):
+            `"layer"` prunes each weight to the sparsity; `"global"` prunes the least important entries of the whole
+            model, wherever they are, but keeps a tenth of what `"layer"` would leave of each weight.
         sparsity (`float`, *optional*):
             Share of the entries of each target weight that is pruned at the end, in [0, 1), by default 0.9.
             `int(units * sparsity)` units of the pattern are pruned. With `"N:M"` it follows from the pattern.
@@ -48,9 +73,11 @@ class PSTConfig(PeftConfig):
             Share of the optimizer steps spent at `initial_sparsity`.
         cooldown_ratio (`float`):
             Share of the optimizer steps, the last ones, spent at `sparsity`.
+        mask_interval (`int`):
+            Sparsity and masks change every that many optimizer steps, and when the sparsity becomes final.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the modules to train, or a regular expression, or `"all-linear"`, as in PEFT. By default all
-            linear layers in the blocks of the model: no embedding, pooler or head.
+            linear layers in the blocks of the model that the pattern is about: no embedding, pooler or head.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names of modules to leave out, or a regular expression.
         layers_to_transform (`list[int]` or `int`, *optional*):
@@ -62,19 +89,26 @@ class PSTConfig(PeftConfig):
         modules_to_save (`list[str]`, *optional*):
             Modules that train in full and are saved with the adapter, such as a new head.
         init_weights (`bool`):
-            `True` for the paper's start, U, A ~ N(0, 1) and V, B, R, C = 0, at which W' = W and S = |W|. `False`
-            draws all six at random, for tests.
+            `True` for the start of the method, in PST U, A ~ N(0, 1) and V, B, R, C = 0, at which W' = W and S = |W|.
+            `False` draws all parameters at random, for tests.
 
     Raises:
         ValueError, TypeError: if a value is out of range; the message names the value and what is expected.
     """
 
+    importance: str = field(default="pst", metadata={"help": f"What an entry is worth: one of {list(IMPORTANCES)}."})
+    update: str = field(default="low_rank", metadata={"help": f"How the weight trains: one of {list(UPDATES)}."})
     r: int = field(default=8, metadata={"help": "Rank of U @ V, the update of the weight."})
     mask_r: int = field(default=8, metadata={"help": "Rank of A @ B, the importance of single entries."})
     beta: float = field(default=1.0, metadata={"help": "Factor of U @ V in the weight."})
     alpha1: float = field(default=1.0, metadata={"help": "Factor of A @ B in the importance."})
     alpha2: float = field(default=1.0, metadata={"help": "Factor of R and C in the importance."})
+    penalty: float = field(default=0.0, metadata={"help": "Factor of what l0 and soft_movement charge for gates."})
     pattern: str = field(default="unstructured", metadata={"help": "Which entries are pruned together."})
+    coupled_modules: list[list[str]] | None = field(
+        default=None, metadata={"help": "Linear layers that share neurons or heads, the one that takes them last."}
+    )
+    budget: str = field(default="layer", metadata={"help": f"What has the sparsity: one of {list(BUDGETS)}."})
     sparsity: float | None = field(
         default=None, metadata={"help": "Final share of pruned entries, in [0, 1): 0.9, or what the pattern implies."}
     )
@@ -82,6 +116,7 @@ class PSTConfig(PeftConfig):
     schedule: str = field(default="cubic", metadata={"help": f"How the sparsity grows: one of {list(SCHEDULES)}."})
     warmup_ratio: float = field(default=0.1, metadata={"help": "Share of the steps at the initial sparsity."})
     cooldown_ratio: float = field(default=0.3, metadata={"help": "Share of the steps at the final sparsity."})
+    mask_interval: int = field(default=1, metadata={"help": "Optimizer steps between two masks."})
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of the modules to train; all linear layers of the blocks by default."}
     )
@@ -105,16 +140,21 @@ class PSTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("r", "mask_r"):
-            _check_rank(name, getattr(self, name))
-        for name in ("beta", "alpha1", "alpha2"):
+        for name, what in (("r", "a rank"), ("mask_r", "a rank"), ("mask_interval", "a number of steps")):
+            _check_count(name, getattr(self, name), what)
+        for name in ("beta", "alpha1", "alpha2", "penalty"):
             _check_number(name, getattr(self, name))
+        for name, known in (("importance", IMPORTANCES), ("update", UPDATES), ("budget", BUDGETS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown: expected one of {list(known)}.")
         self._check_sparsity()
+        self._check_combination()
         self._check_schedule()
         self._check_targets()
 
     def _check_sparsity(self) -> None:
-        implied = parse_pattern(self.pattern).max_sparsity
+        pattern = parse_pattern(self.pattern)
+        implied = pattern.max_sparsity if isinstance(pattern, GroupsOf) else 1.0
         if self.sparsity is None:
             self.sparsity = implied if implied < 1 else 0.9
         for name in ("sparsity", "initial_sparsity"):
@@ -134,6 +174,46 @@ class PSTConfig(PeftConfig):
             raise ValueError(
                 f"initial_sparsity={self.initial_sparsity!r} is larger than sparsity={self.sparsity!r}: sparsity "
                 "grows during the training, so lower initial_sparsity or raise sparsity."
+            )
+
+    @property
+    def keeps_masks(self) -> bool:
+        """Whether masks are selected between the steps and kept, for several weights together or for several steps;
+        otherwise each layer selects its own in each step."""
+        return self.budget == "global" or self.pattern in COUPLED or self.mask_interval > 1
+
+    def _check_combination(self) -> None:
+        importance = IMPORTANCES[self.importance]
+        if self.budget == "global" and isinstance(parse_pattern(self.pattern), GroupsOf):
+            raise ValueError(
+                f"budget='global' has nothing to choose under pattern={self.pattern!r}, which gives every weight the "
+                "same sparsity: leave budget out, or choose another pattern."
+            )
+        if self.importance == "soft_movement" and self.budget != "global":
+            raise ValueError(
+                f"importance='soft_movement' has one threshold for the whole model, but budget={self.budget!r} asks "
+                "for one a weight: set budget='global', or importance='movement'."
+            )
+        if self.penalty and importance.penalty is Importance.penalty:
+            raise ValueError(
+                f"penalty={self.penalty!r} has no effect on importance={self.importance!r}, which has no gates to "
+                "charge for: leave it out, or choose 'soft_movement' or 'l0'."
+            )
+        if self.coupled_modules is not None and self.pattern not in COUPLED:
+            raise ValueError(
+                f"coupled_modules={self.coupled_modules!r} has no effect on pattern={self.pattern!r}: leave it out, "
+                "or choose 'neuron' or 'head'."
+            )
+        if importance.buffers and self.initial_sparsity > 0:
+            raise ValueError(
+                f"initial_sparsity={self.initial_sparsity!r} would prune before importance={self.importance!r} has "
+                "seen any data: leave it at 0, call calibrate(model, dataloader), then set_sparsity()."
+            )
+        if importance.starts_equal and (self.initial_sparsity > 0 or self.schedule == "constant"):
+            warnings.warn(
+                f"importance={self.importance!r} starts with the same score everywhere, so what is pruned before the "
+                "training has moved the scores is arbitrary: keep initial_sparsity=0 and a schedule with a warm-up.",
+                stacklevel=4,
             )
 
     def _check_schedule(self) -> None:
@@ -165,11 +245,11 @@ class PSTConfig(PeftConfig):
             )
 
 
-def _check_rank(name: str, value: object) -> None:
+def _check_count(name: str, value: object, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}={value!r} is not a rank: expected an int of at least 1.")
+        raise TypeError(f"{name}={value!r} is not {what}: expected an int of at least 1.")
     if value < 1:
-        raise ValueError(f"{name}={value!r} is not a rank: expected an int of at least 1.")
+        raise ValueError(f"{name}={value!r} is not {what}: expected an int of at least 1.")
 
 
 def _check_number(name: str, value: object) -> None:

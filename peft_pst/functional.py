@@ -1,55 +1,84 @@
 """The masked linear step, forward and backward, as one autograd function.
 
 Under autograd the formula keeps W', S and M of every layer alive, each as large as the weight. This function keeps the
-input, the small factors and one bit an entry, and rebuilds the rest in backward.
+input, the parameters and one bit an entry, and rebuilds the rest in backward.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .gemm import linear
-from .importance import effective_weight, pst_importance, pst_importance_grads
+from .importance import IMPORTANCES, Importance
 from .patterns import Pattern, pack_bits, unpack_bits
+from .update import UPDATES, Update
+
+if TYPE_CHECKING:
+    from .config import PSTConfig
 
 
-def weight_and_importance(
-    weight: Tensor,
-    U: Tensor,
-    V: Tensor,
-    A: Tensor,
-    B: Tensor,
-    R: Tensor,
-    C: Tensor,
-    beta: float,
-    alpha1: float,
-    alpha2: float,
-) -> tuple[Tensor, Tensor]:
-    """W' and its importance S.
+class Live(NamedTuple):
+    """A mask that is selected anew in each step: the pattern, and how many entries are pruned, int64 scalar."""
 
-    Args:
-        weight: the frozen weight W, [out, in].
-        U, V, A, B, R, C: [out, r], [r, in], [out, mask_r], [mask_r, in], [out], [in].
+    pattern: Pattern
+    num_pruned: Tensor
 
-    Returns:
-        W' and S, [out, in], in the dtype of the factors.
-    """
-    updated = effective_weight(weight, U, V, beta)
-    return updated, pst_importance(updated, A, B, R, C, alpha1, alpha2)
+
+class Kept(NamedTuple):
+    """A mask that was selected before, one bit an entry (`pack_bits`)."""
+
+    bits: Tensor
+
+
+class Method(NamedTuple):
+    """How the weight trains and what its entries are worth. Its arguments are those of the update, then those of the
+    importance: parameters and buffers, called `names`."""
+
+    update: Update
+    importance: Importance
+
+    @classmethod
+    def of(cls, config: PSTConfig) -> Method:
+        """The method that a config names."""
+        return cls(UPDATES[config.update](config), IMPORTANCES[config.importance](config))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.update.names + self.importance.names
+
+    def split(self, arguments: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The arguments of the update and those of the importance."""
+        size = len(self.update.names)
+        return arguments[:size], arguments[size:]
+
+    def weight_and_importance(self, weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        """W' and its importance S, [out, in], in the dtype of the parameters. Only W' may be overwritten."""
+        of_update, of_importance = self.split(arguments)
+        updated = self.update.weight(weight, *of_update)
+        return updated, self.importance.score(updated, *of_importance)
+
+    def weight_and_mask(self, mask: Live | Kept, weight: Tensor, *arguments: Tensor) -> tuple[Tensor, Tensor]:
+        """W' and its mask, [out, in]; the mask bool."""
+        if isinstance(mask, Kept):
+            updated = self.update.weight(weight, *self.split(arguments)[0])
+            return updated, unpack_bits(mask.bits, weight.shape, torch.bool)
+        updated, importance = self.weight_and_importance(weight, *arguments)
+        return updated, mask.pattern.mask(importance, int(mask.num_pruned))
 
 
 class MaskedLinear(torch.autograd.Function):
-    """y = (M ∘ W') x + b with the straight-through estimator dS = dM (PST, arXiv 2205.11005, section 3).
+    """y = (gates ∘ W') x + b, where the gates are the mask M unless the importance says otherwise.
 
-    With G = dyᵀ x, the gradient of the masked weight:
+    G = dyᵀ x is the gradient of the masked weight; from there on update and importance know their gradients. The
+    matrix products with x run in the dtype of x, everything else in the dtype of the parameters.
 
-        dS = G ∘ W'
-        dW' = G ∘ M + dS ∘ sign(W') = G ∘ (M + |W'|)
-
-    The matrix products with x run in the dtype of x, everything else in the dtype of the factors.
-
-    Arguments of `apply`: x [tokens, in]; the bias [out] in the dtype of x, or None; the pattern of the mask; how many
-    entries are pruned, int64 scalar; then those of `weight_and_importance`. Returns y [tokens, out].
+    Arguments of `apply`: x [tokens, in]; the bias [out] in the dtype of x, or None; the mask, `Live` or `Kept`; the
+    method; the seed of random gates, None for none; the frozen weight [out, in]; the arguments of the method. Returns
+    y [tokens, out].
     """
 
     @staticmethod
@@ -57,25 +86,18 @@ class MaskedLinear(torch.autograd.Function):
         ctx: FunctionCtx,
         x: Tensor,
         bias: Tensor | None,
-        pattern: Pattern,
-        num_pruned: Tensor,
+        mask: Live | Kept,
+        method: Method,
+        seed: int | None,
         weight: Tensor,
-        U: Tensor,
-        V: Tensor,
-        A: Tensor,
-        B: Tensor,
-        R: Tensor,
-        C: Tensor,
-        beta: float,
-        alpha1: float,
-        alpha2: float,
+        *arguments: Tensor,
     ) -> Tensor:
-        updated, importance = weight_and_importance(weight, U, V, A, B, R, C, beta, alpha1, alpha2)
-        mask = pattern.mask(importance, int(num_pruned))
-        ctx.save_for_backward(x, weight, U, V, A, B, pack_bits(mask))
-        ctx.scales = beta, alpha1, alpha2
+        updated, keep = method.weight_and_mask(mask, weight, *arguments)
+        bits = pack_bits(keep) if isinstance(mask, Live) else mask.bits
+        ctx.save_for_backward(x, weight, bits, *arguments)
+        ctx.method, ctx.seed = method, seed
         # a product with ones and zeros: on a CPU, bool operands are many times slower
-        updated.mul_(importance.copy_(mask.view(torch.uint8)))
+        updated.mul_(method.importance.gates(keep.to(updated.dtype), seed, *method.split(arguments)[1]))
         return linear(x, updated.to(x.dtype), bias)
 
     @staticmethod
@@ -86,22 +108,23 @@ class MaskedLinear(torch.autograd.Function):
 
 
 def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, U, V, A, B, bits = ctx.saved_tensors
-    beta, alpha1, alpha2 = ctx.scales
-    needs_x, needs_bias, _, _, needs_weight, *needs_factors = ctx.needs_input_grad[:11]
-    dx = dbias = dweight = dU = dV = dA = dB = dR = dC = None
-    updated = effective_weight(weight, U, V, beta)
+    x, weight, bits, *arguments = ctx.saved_tensors
+    update, importance = ctx.method
+    of_update, of_importance = ctx.method.split(tuple(arguments))
+    needs_x, needs_bias, _, _, _, needs_weight, *needs_arguments = ctx.needs_input_grad
+    dx = dbias = dweight = None
+    darguments = [None] * len(arguments)
+    updated = update.weight(weight, *of_update)
     mask = unpack_bits(bits, weight.shape, updated.dtype)
-    masked = updated * mask
     if needs_x:
+        masked = updated * importance.gates(mask, ctx.seed, *of_importance)
         dx = linear(dy, masked.to(dy.dtype).T)
+        del masked
     if needs_bias:
         dbias = dy.sum(0)
-    if needs_weight or any(needs_factors):
+    if needs_weight or any(needs_arguments):
         G = linear(dy.T, x.T).to(updated.dtype)
-        dS = torch.mul(G, updated, out=masked)
-        dA, dB, dR, dC = pst_importance_grads(dS, A, B, alpha1, alpha2)
-        dupdated = updated.abs_().add_(mask).mul_(G)
-        dU, dV = beta * (dupdated @ V.T), beta * (U.T @ dupdated)
+        dupdated, *dimportance = importance.backward(G, updated, mask, ctx.seed, *of_importance)
+        darguments = [*update.backward(dupdated, *of_update), *dimportance]
         dweight = dupdated.to(weight.dtype) if needs_weight else None
-    return dx, dbias, None, None, dweight, dU, dV, dA, dB, dR, dC, None, None, None
+    return dx, dbias, None, None, None, dweight, *darguments

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Container
 from typing import Any, ClassVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .budget import set_sparsity
 from .config import PSTConfig
-from .layer import Linear, PSTLayer, active_layers, overall_sparsity
-from .patterns import parse_pattern
+from .coupling import Coupling, find_couplings
+from .functional import Method
+from .layer import PSTLayer, active_layers, overall_sparsity
+from .linear import Linear
+from .patterns import COUPLED, parse_pattern
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -34,22 +39,60 @@ class PSTModel(BaseTuner):
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table: see default_target_modules
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Prune `int(units * sparsity)` units of the pattern in each target weight from now on, by the active adapter;
-        single entries where it is unstructured.
+        """Prune that share of the entries of the target weights from now on, by the active adapter, as its pattern and
+        its budget ask: `int(units * sparsity)` units of each weight, or of the whole model.
 
         Raises:
-            ValueError: if `sparsity` is not in [0, 1) or more than the pattern allows, or the adapter is merged.
+            ValueError: if `sparsity` is not in [0, 1) or more than the pattern allows, the adapter is merged, or its
+                importance lacks calibration.
         """
-        for layer in active_layers(self):
-            layer.set_sparsity(sparsity)
+        set_sparsity(active_layers(self), sparsity)
 
     def get_sparsity(self) -> float:
         """The share of the entries of all target weights that the active adapter prunes now."""
         return overall_sparsity(active_layers(self))
 
+    def penalty(self) -> Tensor | float:
+        """What the active adapter charges for its open gates, a scalar to add to the loss; 0.0 if nothing.
+
+        `PSTConfig.penalty` times the mean over all target entries. In training it is part of the loss that the model
+        returns.
+        """
+        layers = [layer for layer in self.modules() if isinstance(layer, PSTLayer) and layer.active_pst_adapter]
+        layers = [layer for layer in layers if layer.active_config.penalty]
+        if not layers:
+            return 0.0
+        charges = []
+        for layer in layers:
+            method = Method.of(layer.active_config)
+            _, of_importance = method.split(layer.arguments(layer.active_pst_adapter))
+            charges.append(layer.active_config.penalty * method.importance.penalty(*of_importance))
+        return sum(charge.to(charges[0].device) for charge in charges) / sum(layer.shape.numel() for layer in layers)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's output; in training its loss, if it has one, holds the penalty too."""
+        output = super().forward(*args, **kwargs)
+        if self.training and isinstance(getattr(output, "loss", None), Tensor):
+            output.loss = output.loss + self.penalty()
+        return output
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter to the target modules, as in PEFT, and prune them to its initial sparsity."""
+        config = self.peft_config[adapter_name]
+        self._couplings: dict[str, Coupling] = {}
+        if config.pattern in COUPLED:
+            self._couplings = find_couplings(model, config.pattern, config.coupled_modules)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.keeps_masks and config.initial_sparsity > 0:
+            layers = [m for m in model.modules() if isinstance(m, PSTLayer) and adapter_name in m.pst_config]
+            # on the meta device they wait for a checkpoint, which brings its masks
+            if not any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
+                set_sparsity(layers, config.initial_sparsity, adapter_name)
+
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
         if peft_config.target_modules is None:
-            peft_config.target_modules = default_target_modules(self.model)
+            among = self._couplings if peft_config.pattern in COUPLED else None
+            peft_config.target_modules = default_target_modules(self.model, among)
             if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
                 raise ValueError(
                     f"layers_to_transform={peft_config.layers_to_transform!r} needs target_modules in a model of "
@@ -70,14 +113,34 @@ class PSTModel(BaseTuner):
         if not isinstance(target, PSTLayer):
             check_target(target, parent, current_key)
         in_features, out_features = _get_in_out_features(getattr(target, "base_layer", target))
-        parse_pattern(peft_config.pattern).check_shape(torch.Size((out_features, in_features)), current_key)
+        pattern, group = parse_pattern(peft_config.pattern), current_key
+        if peft_config.pattern in COUPLED:
+            group, pattern = self._coupling(peft_config, current_key)
+        pattern.check_shape(torch.Size((out_features, in_features)), current_key)
         if isinstance(target, PSTLayer):
-            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            target.update_layer(adapter_name, peft_config, pattern, group, peft_config.inference_mode)
             return
-        layer = Linear(target, adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+        layer = Linear(target, adapter_name, peft_config, pattern, group, peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _coupling(self, peft_config: PSTConfig, key: str) -> Coupling:
+        """The coupling of a target, all of whose partners are targets too."""
+        if key not in self._couplings:
+            raise ValueError(
+                f"pattern={peft_config.pattern!r} prunes structures that lie in several weights, but {key!r} is not "
+                "known to be part of one: leave it out of target_modules, or name it and its partners in "
+                "coupled_modules."
+            )
+        coupling = self._couplings[key]
+        for partner, (group, _) in self._couplings.items():
+            if group == coupling.group and not self._check_target_module_exists(peft_config, partner):
+                raise ValueError(
+                    f"pattern={peft_config.pattern!r} prunes {key!r} together with {partner!r}, which is not among "
+                    "the target modules: name both, or leave target_modules out."
+                )
+        return coupling
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -110,8 +173,8 @@ def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
         )
 
 
-def default_target_modules(model: nn.Module) -> set[str] | str:
-    """The names, from the block downwards, of all linear layers in the blocks of a model.
+def default_target_modules(model: nn.Module, among: Container[str] | None = None) -> set[str] | str:
+    """The names, from the block downwards, of all linear layers in the blocks of a model, or of those `among` them.
 
     A block is an entry of an `nn.ModuleList`, as transformers builds its models; embeddings, poolers and heads lie
     outside. In a model of several modalities only the language model counts, as with PEFT's defaults; the names are
@@ -131,6 +194,8 @@ def default_target_modules(model: nn.Module) -> set[str] | str:
         if not isinstance(module, nn.Conv1d):
             parameters = module.named_parameters(recurse=False)
             stacked += [f"{name}.{key}" for key, p in parameters if p.ndim == 3 and min(p.shape) > 1]
+        if among is not None and name.removesuffix(".base_layer") not in among:
+            continue
         parent, _, own_name = name.rpartition(".")
         if is_plain_linear(module) and own_name not in ROUTERS and not bypasses_forward(modules[parent]):
             # another adapter may be there already, around the layer
@@ -143,6 +208,11 @@ def default_target_modules(model: nn.Module) -> set[str] | str:
         )
     targets.discard("")  # a list of bare linear layers holds heads, not blocks
     if not targets:
+        if among is not None:
+            raise ValueError(
+                f"{type(model).__name__} has no neurons or heads in its blocks that are known to this pattern: name "
+                "the linear layers that share them in coupled_modules."
+            )
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "
             "torch.nn.ModuleList, so there is no default. Name the layers to prune, or use 'all-linear'."

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .layer import active_layers, overall_sparsity
+from .budget import set_sparsity
+from .layer import PSTLayer, active_layers, overall_sparsity
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -45,25 +46,32 @@ class SparsityScheduler:
     """Moves a model along its sparsity schedule, like a torch learning rate scheduler: `step()` after each optimizer
     step. Creating it sets the sparsity of step 0.
 
-    The schedule is read from the config of each layer's active adapter. On several processes every one of them needs
-    its own scheduler.
+    The schedule is read from the config of each layer's active adapter. With `mask_interval=k` sparsity and masks
+    change at every k-th step and when the sparsity becomes final; between them they stay as they are. On several
+    processes every one of them needs its own scheduler.
 
     Args:
         model (`nn.Module`):
             A model with PST layers; it may be wrapped (PeftModel, DistributedDataParallel).
         total_steps (`int`):
             Number of optimizer steps of the whole training.
+        last_step (`int`):
+            Number of optimizer steps that were made before, to go on with an adapter that was loaded; masks that it
+            brought stay until the next step that changes them.
 
     Raises:
-        ValueError: if the model has no active PST adapter, or `total_steps` is less than 1.
+        ValueError: if the model has no active PST adapter, `total_steps` is less than 1, or the importance lacks
+            calibration.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int) -> None:
+    def __init__(self, model: nn.Module, total_steps: int, last_step: int = 0) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r}: expected the number of optimizer steps, at least 1.")
         self.layers = active_layers(model)
         self.total_steps = total_steps
-        self.set_step(0)
+        for layer in self.layers:
+            layer.check_sparsity(layer.active_pst_adapter, layer.active_config.sparsity)
+        self.set_step(last_step)
 
     def step(self) -> None:
         """Set the sparsity that follows the optimizer step just made."""
@@ -72,8 +80,13 @@ class SparsityScheduler:
     def set_step(self, step: int) -> None:
         """Set the sparsity that holds after `step` optimizer steps, for instance to resume a training."""
         self.last_step = step
+        by_sparsity: dict[float, list[PSTLayer]] = {}
         for layer in self.layers:
-            layer.set_sparsity(sparsity_at(layer.active_config, step, self.total_steps))
+            config = layer.active_config
+            if step % config.mask_interval == 0 or step == ramp_bounds(config, self.total_steps)[1]:
+                by_sparsity.setdefault(sparsity_at(config, step, self.total_steps), []).append(layer)
+        for sparsity, layers in by_sparsity.items():
+            set_sparsity(layers, sparsity)
 
     def is_final(self) -> bool:
         """Whether all layers are at their final sparsity now."""

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+FACTORS = ("pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C")
+
 
 def plain_importance(weight, U, V, A, B, R, C, beta=1.0, alpha1=1.0, alpha2=1.0):
     updated = weight + beta * (U @ V)
@@ -29,3 +31,40 @@ def random_factors(n, k, r=3, mask_r=2, dtype=torch.float64, integers=False):
         return [torch.randint(-1, 2, shape).to(dtype) for shape in shapes]
     scales = (1, 0.1, 1, 0.1, 0.1, 0.1)
     return [scale * torch.randn(shape, dtype=dtype) for shape, scale in zip(shapes, scales, strict=True)]
+
+
+def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=None):
+    """One masked linear layer by the formulas of each method, everything else left to autograd.
+
+    `arguments` are those of the update, then those of the importance; for wanda the norms of the inputs.
+    """
+    arguments = list(arguments)
+    if update == "low_rank":
+        weight = weight + arguments.pop(0) @ arguments.pop(0)
+    if update == "full":
+        weight = weight + arguments.pop(0)
+    score = {
+        "pst": lambda A, B, R, C: weight.abs() + A @ B + R[:, None] + C[None],
+        "magnitude": lambda: weight.abs().detach(),
+        "movement": lambda S: S,
+        "soft_movement": lambda S: S,
+        "l0": lambda log_alpha: log_alpha,
+        "wanda": lambda norm: (weight.abs() * norm).detach(),
+    }[importance](*arguments)
+    mask = plain_mask(score, num_pruned)
+    if importance == "l0":
+        gate = plain_hard_concrete(score, seed)
+        gates = mask * gate.detach() + (gate - gate.detach())
+    else:
+        gates = mask + (score - score.detach())
+    return F.linear(x, gates * weight, bias)
+
+
+def plain_hard_concrete(log_alpha, seed=None):
+    """Louizos et al., equations 10 to 12, and 13 without a seed."""
+    if seed is None:
+        s = torch.sigmoid(log_alpha)
+    else:
+        u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(seed), dtype=log_alpha.dtype)
+        s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / (2 / 3))
+    return torch.clamp(s * 1.2 - 0.1, 0, 1)

@@ -1,13 +1,12 @@
 import pytest
 import torch
 from peft import get_peft_model
-from reference import plain_pst, random_factors
+from reference import FACTORS, plain_pst, random_factors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import PSTConfig
-from peft_pst.functional import MaskedLinear
-from peft_pst.layer import FACTORS
+from peft_pst.functional import Live, MaskedLinear, Method
 from peft_pst.patterns import parse_pattern
 
 NAMES = ("x", "bias", "weight", "U", "V", "A", "B", "R", "C")
@@ -15,7 +14,9 @@ SCALES = {"beta": 0.7, "alpha1": 1.3, "alpha2": 0.4}
 
 
 def masked_linear(x, bias, num_pruned, *arguments):
-    return MaskedLinear.apply(x, bias, parse_pattern("unstructured"), num_pruned, *arguments)
+    *tensors, beta, alpha1, alpha2 = arguments
+    method = Method.of(PSTConfig(beta=beta, alpha1=alpha1, alpha2=alpha2))
+    return MaskedLinear.apply(x, bias, Live(parse_pattern("unstructured"), num_pruned), method, None, *tensors)
 
 
 def case(kind, n, k):
@@ -63,7 +64,7 @@ def test_the_layer_is_the_formula(base, sparsity):
     model = get_peft_model(nn.Sequential(base), config, autocast_adapter_dtype=False).train()
     model.base_model.set_sparsity(sparsity)
     layer = model.base_model.model[0]
-    factors = layer.factors("default")
+    factors = layer.arguments("default")
     assert {name: list(getattr(layer, name)["default"].shape) for name in FACTORS} == {
         "pst_U": [12, 3], "pst_V": [3, 17], "pst_A": [12, 2], "pst_B": [2, 17], "pst_R": [12], "pst_C": [17],
     }  # fmt: skip
@@ -110,13 +111,13 @@ def test_under_autocast_the_mask_is_that_of_full_precision(dtype):
     )
     x = torch.randn(32, 64, requires_grad=True)
     exact = model(x)
-    gradients = torch.autograd.grad(exact.square().mean(), list(model.base_model.model[0].factors("default")))
+    gradients = torch.autograd.grad(exact.square().mean(), list(model.base_model.model[0].arguments("default")))
     with torch.autocast("cpu", dtype=dtype):
         y = model(x)
     assert y.dtype == dtype
     # a mask from rounded importances would move whole entries, not only round the result
     torch.testing.assert_close(y.float(), exact, rtol=0.05, atol=0.05 * exact.std().item())
-    rounded = torch.autograd.grad(y.float().square().mean(), list(model.base_model.model[0].factors("default")))
+    rounded = torch.autograd.grad(y.float().square().mean(), list(model.base_model.model[0].arguments("default")))
     for a, b in zip(rounded, gradients, strict=True):
         assert a.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.99
@@ -124,13 +125,13 @@ def test_under_autocast_the_mask_is_that_of_full_precision(dtype):
 
 def test_a_bf16_model_keeps_its_dtype_and_its_factors_full_precision():
     model = get_peft_model(nn.Sequential(nn.Linear(64, 48).bfloat16()), PSTConfig(target_modules=["0"]))
-    assert all(factor.dtype == torch.float32 for factor in model.base_model.model[0].factors("default"))
+    assert all(factor.dtype == torch.float32 for factor in model.base_model.model[0].arguments("default"))
     assert model(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_backward_inside_autocast_is_not_rounded_twice():
     model = get_peft_model(nn.Sequential(nn.Linear(64, 48)), PSTConfig(target_modules=["0"], init_weights=False))
-    factors = list(model.base_model.model[0].factors("default"))
+    factors = list(model.base_model.model[0].arguments("default"))
     x = torch.randn(32, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = model(x).float().square().mean()

@@ -4,13 +4,13 @@ import pickle
 import pytest
 import torch
 from peft import get_peft_model
-from reference import plain_importance, plain_mask
+from reference import FACTORS, plain_importance, plain_mask
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import PSTConfig, PSTLayer
-from peft_pst import layer as layer_module
-from peft_pst.layer import FACTORS, fingerprint, same_fingerprint
+from peft_pst.fingerprint import fingerprint, same_fingerprint
+from peft_pst.update import LowRank
 
 BASES = {"Linear": lambda: nn.Linear(17, 12), "Conv1D": lambda: Conv1D(12, 17)}
 
@@ -32,7 +32,7 @@ def expected_weight(model):
     layer = the_layer(model)
     weight = layer.get_base_layer().weight
     weight = (weight.T if isinstance(layer.get_base_layer(), Conv1D) else weight).detach().double()
-    factors = [factor.detach().double() for factor in layer.factors("default")]
+    factors = [factor.detach().double() for factor in layer.arguments("default")]
     updated, importance = plain_importance(weight, *factors, beta=layer.active_config.beta)
     return updated * plain_mask(importance, layer.num_pruned)
 
@@ -135,8 +135,8 @@ def test_two_adapters_on_one_layer_are_refused(use):
 @pytest.fixture
 def selections(monkeypatch):
     calls = []
-    original = layer_module.weight_and_importance
-    monkeypatch.setattr(layer_module, "weight_and_importance", lambda *a: calls.append(1) or original(*a))
+    original = LowRank.weight
+    monkeypatch.setattr(LowRank, "weight", lambda *a: calls.append(1) or original(*a))
     return calls
 
 
@@ -170,14 +170,14 @@ def test_training_keeps_no_dense_weight():
 
 
 def step_without_versions(model):
-    for factor in the_layer(model).factors("default"):
+    for factor in the_layer(model).arguments("default"):
         factor.data.add_(torch.randn_like(factor))
 
 
 def step_of_an_optimizer(model):
-    for factor in the_layer(model).factors("default"):
+    for factor in the_layer(model).arguments("default"):
         factor.grad = torch.randn_like(factor)
-    torch.optim.AdamW(the_layer(model).factors("default"), lr=1.0).step()
+    torch.optim.AdamW(the_layer(model).arguments("default"), lr=1.0).step()
 
 
 def new_base_weight(model):

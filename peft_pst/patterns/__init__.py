@@ -2,6 +2,16 @@
 
 from .bits import pack_bits, unpack_bits
 from .selection import keep_largest
-from .shapes import Pattern, parse_pattern
+from .shapes import COUPLED, GroupsOf, Pattern, Slices, Units, parse_pattern
 
-__all__ = ["Pattern", "keep_largest", "pack_bits", "parse_pattern", "unpack_bits"]
+__all__ = [
+    "COUPLED",
+    "GroupsOf",
+    "Pattern",
+    "Slices",
+    "Units",
+    "keep_largest",
+    "pack_bits",
+    "parse_pattern",
+    "unpack_bits",
+]

@@ -18,6 +18,7 @@ def keep_largest(importance: Tensor, num_pruned: int) -> Tensor:
     Returns:
         The mask, bool, of the same shape: True where an entry stays.
     """
+    importance = importance.detach()
     if importance.dtype in (torch.float16, torch.bfloat16):
         importance = importance.float()  # exact, and numpy knows no bfloat16
     if num_pruned == 0:

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .selection import keep_largest
 
+COUPLED = ("neuron", "head")
+
 
 class Pattern(Protocol):
     """Which masks of a weight [out, in] are allowed. Entries are pruned in units, the least important units first."""
@@ -34,8 +36,34 @@ class Pattern(Protocol):
         """
 
 
+class Units:
+    """A pattern whose units are the same entries of a weight whatever their importance."""
+
+    max_sparsity: ClassVar[float] = 1.0
+
+    def unit_size(self, shape: torch.Size) -> int:
+        """How many entries of the weight a unit has."""
+        raise NotImplementedError
+
+    def scores(self, importance: Tensor) -> Tensor:
+        """The importance of each unit, in an order of their own."""
+        raise NotImplementedError
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        """The mask of a weight from which units stay, in the order of `scores`."""
+        raise NotImplementedError
+
+    def num_pruned(self, shape: torch.Size, sparsity: float) -> int:
+        size = self.unit_size(shape)
+        return int(shape.numel() // size * sparsity) * size
+
+    def mask(self, importance: Tensor, num_pruned: int) -> Tensor:
+        keep = keep_largest(self.scores(importance), num_pruned // self.unit_size(importance.shape))
+        return self.expand(keep, importance.shape)
+
+
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Units):
     """Blocks of `rows` outputs by `columns` inputs, pruned as a whole; 0 stands for all of them.
 
     Single entries are blocks of 1x1, whole rows of 1x0, whole columns of 0x1.
@@ -43,30 +71,66 @@ class Blocks:
 
     rows: int
     columns: int
-    max_sparsity: ClassVar[float] = 1.0
 
-    def _size(self, shape: torch.Size) -> tuple[int, int]:
+    def _sides(self, shape: torch.Size) -> tuple[int, int]:
         return self.rows or shape[0], self.columns or shape[1]
 
     def check_shape(self, shape: torch.Size, name: str) -> None:
-        rows, columns = self._size(shape)
+        rows, columns = self._sides(shape)
         if shape[0] % rows or shape[1] % columns:
             raise ValueError(
                 f"pattern='block:{rows}x{columns}' does not divide the weight of {name!r}, [out={shape[0]}, "
                 f"in={shape[1]}]: choose a block whose sides divide it, or leave the module out of target_modules."
             )
 
-    def num_pruned(self, shape: torch.Size, sparsity: float) -> int:
-        rows, columns = self._size(shape)
-        return int(shape.numel() // (rows * columns) * sparsity) * rows * columns
+    def unit_size(self, shape: torch.Size) -> int:
+        rows, columns = self._sides(shape)
+        return rows * columns
 
-    def mask(self, importance: Tensor, num_pruned: int) -> Tensor:
-        rows, columns = self._size(importance.shape)
+    def scores(self, importance: Tensor) -> Tensor:
+        rows, columns = self._sides(importance.shape)
         if rows == columns == 1:
-            return keep_largest(importance, num_pruned)
+            return importance
         blocks = importance.reshape(importance.shape[0] // rows, rows, -1, columns)
-        keep = keep_largest(blocks.sum((1, 3), dtype=_at_least_float32(importance)), num_pruned // (rows * columns))
-        return keep[:, None, :, None].expand(blocks.shape).reshape(importance.shape)
+        return blocks.sum((1, 3), dtype=_at_least_float32(importance))
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        rows, columns = self._sides(shape)
+        if rows == columns == 1:
+            return keep
+        return keep[:, None, :, None].expand(-1, rows, -1, columns).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Slices(Units):
+    """The part of a coupled structure that lies in one weight: along outputs (dim 0) or inputs (dim 1), `units` slices
+    of equal width. Where a weight stacks several projections, as GPT-2 does with queries, keys and values, a unit has
+    a slice in each of the `stacks`.
+    """
+
+    dim: int
+    units: int
+    stacks: int = 1
+
+    def check_shape(self, shape: torch.Size, name: str) -> None:
+        """Nothing to check: the units were read off the shapes."""
+
+    def _view(self, importance: Tensor) -> Tensor:
+        """[stacks, units, width, rest]."""
+        return (importance if self.dim == 0 else importance.T).reshape(
+            self.stacks, self.units, -1, importance.shape[1 - self.dim]
+        )
+
+    def unit_size(self, shape: torch.Size) -> int:
+        return shape.numel() // self.units
+
+    def scores(self, importance: Tensor) -> Tensor:
+        return self._view(importance).sum((0, 2, 3), dtype=_at_least_float32(importance))
+
+    def expand(self, keep: Tensor, shape: torch.Size) -> Tensor:
+        along = shape[self.dim]
+        lines = keep[None, :, None].expand(self.stacks, -1, along // (self.stacks * self.units)).reshape(along)
+        return (lines[:, None] if self.dim == 0 else lines[None]).expand(shape).contiguous()
 
 
 @dataclass(frozen=True)
@@ -109,13 +173,14 @@ def _at_least_float32(importance: Tensor) -> torch.dtype:
 
 
 @functools.cache
-def parse_pattern(text: str) -> Pattern:
-    """The pattern that a config names.
+def parse_pattern(text: str) -> Pattern | None:
+    """The pattern that a config names; None for a coupled one, whose units are read off a model's modules.
 
     Raises:
-        ValueError: if it is none of `"unstructured"`, `"row"`, `"column"`, `"N:M"` and `"block:RxC"`.
+        ValueError: if it is none of `"unstructured"`, `"row"`, `"column"`, `"N:M"`, `"block:RxC"`, `"neuron"` and
+            `"head"`.
     """
-    named = {"unstructured": Blocks(1, 1), "row": Blocks(1, 0), "column": Blocks(0, 1)}
+    named = {"unstructured": Blocks(1, 1), "row": Blocks(1, 0), "column": Blocks(0, 1), **dict.fromkeys(COUPLED)}
     if text in named:
         return named[text]
     numbers = [int(number) for number in re.findall(r"\d+", str(text))]
@@ -125,5 +190,5 @@ def parse_pattern(text: str) -> Pattern:
         return Blocks(*numbers)
     raise ValueError(
         f"pattern={text!r} is unknown: expected 'unstructured', 'row', 'column', 'N:M' with 0 < N < M <= 128 such as "
-        "'2:4', or 'block:RxC' (R outputs by C inputs) such as 'block:8x1'."
+        "'2:4', 'block:RxC' (R outputs by C inputs) such as 'block:8x1', 'neuron', or 'head'."
     )

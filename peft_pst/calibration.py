@@ -1,0 +1,81 @@
+"""What an importance needs to know of the inputs of each layer, from calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .layer import PSTLayer, active_layers
+
+
+@torch.no_grad()
+def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
+    """Run calibration data through a model and note, for `importance="wanda"`, the squares of each layer's inputs.
+
+    The model runs as it is now: before any pruning the inputs are those of the dense model. A call adds to what
+    earlier calls have seen. Nothing is kept but one number an input, so the memory does not grow with the data. Tokens
+    that an `attention_mask` leaves out do not count.
+
+    Args:
+        model (`nn.Module`):
+            A model with PST layers whose active adapter has `importance="wanda"`.
+        dataloader (iterable):
+            Batches: mappings, passed as keyword arguments, or the model's input itself. They are moved to the device
+            of the model.
+
+    Raises:
+        ValueError: if no active adapter has `importance="wanda"`, the adapter is merged, or there is no batch.
+    """
+    layers = [layer for layer in active_layers(model) if layer.active_config.importance == "wanda"]
+    if not layers:
+        raise ValueError(
+            "calibrate() has nothing to note: no active adapter has importance='wanda', the only one that looks at "
+            "inputs before the training."
+        )
+    if any(layer.merged for layer in layers):
+        raise ValueError("The adapter is merged: call unmerge_adapter() before calibrate().")
+    padding = Padding()
+    training = model.training
+    handles = [layer.register_forward_pre_hook(partial(_note, padding)) for layer in layers]
+    model.eval()
+    try:
+        batch = None
+        for batch in tqdm(dataloader, desc="calibrating", unit="batch"):
+            _run(model, batch, layers[0].get_base_layer().weight.device, padding)
+        if batch is None:
+            raise ValueError("calibrate() got no batch: the dataloader is empty, or an iterator that was used up.")
+    finally:
+        model.train(training)
+        for handle in handles:
+            handle.remove()
+
+
+class Padding:
+    """Which tokens of the current batch count: bool [batch, tokens], or None if all do."""
+
+    mask: Tensor | None = None
+
+
+def _run(model: nn.Module, batch: Any, device: torch.device, padding: Padding) -> None:
+    if not isinstance(batch, Mapping):
+        padding.mask = None
+        model(batch.to(device))
+        return
+    batch = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    mask = batch.get("attention_mask")
+    padding.mask = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    model(**batch)
+
+
+def _note(padding: Padding, layer: PSTLayer, args: tuple[Tensor, ...]) -> None:
+    x = args[0]
+    counts = padding.mask is not None and x.shape[:2] == padding.mask.shape
+    tokens = x[padding.mask.to(x.device)] if counts and x.ndim == 3 else x.reshape(-1, x.shape[-1])
+    squares = tokens.double().square().sum(0)
+    noted = layer.pst_input_squares[layer.active_pst_adapter].view(torch.float64)
+    noted += torch.cat((squares, squares.new_tensor([len(tokens)])))
