@@ -1,4 +1,4 @@
-"""Methods of sparse training side by side: the same model, data, number of steps and sparsity, one changed config each.
+"""Methods of sparse training side by side: the same model, data, steps and sparsity, one changed config each.
 
 MiniLM on BBC News, from their PyPI packages, by the functions of `examples/text_classification.py`, whose options are
 options here too:
@@ -21,7 +21,7 @@ from peft_pst import PSTConfig, create_pst_optimizer, format_table
 from peft_pst.integrations import PSTCallback
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import text_classification as example  # noqa: E402
+import text_classification as example
 
 METHODS = {
     "magnitude": {"importance": "magnitude", "update": "full"},

@@ -77,7 +77,8 @@ class PSTConfig(PeftConfig):
             Sparsity and masks change every that many optimizer steps, and when the sparsity becomes final.
         target_modules (`list[str]` or `str`, *optional*):
             Names of the modules to train, or a regular expression, or `"all-linear"`, as in PEFT. By default all
-            linear layers in the blocks of the model that the pattern is about: no embedding, pooler or head.
+            linear layers in the blocks of the model that the pattern is about: no embedding, pooler or head; with
+            `coupled_modules` those.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names of modules to leave out, or a regular expression.
         layers_to_transform (`list[int]` or `int`, *optional*):

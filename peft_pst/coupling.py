@@ -121,5 +121,6 @@ def _parts(linears: list[nn.Module], pattern: str, owner: nn.Module) -> list[Sli
         units = getattr(owner, "num_kv_heads", getattr(owner, "kv_heads", inputs // head_size))
     else:
         units = min(outputs) // head_size
-    fits = units and all(size % (stacks * units) == 0 for size in outputs) and inputs % units == 0
+    fits = units > 1 and all(size % (stacks * units) == 0 for size in outputs) and inputs % units == 0
+    fits = fits and (stacks == 1 or outputs == [stacks * inputs])
     return [*[Slices(0, units, stacks)] * len(outputs), Slices(1, units)] if fits else None

@@ -90,13 +90,16 @@ class PSTModel(BaseTuner):
                 set_sparsity(layers, config.initial_sparsity, adapter_name)
 
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
+        if peft_config.target_modules is None and peft_config.coupled_modules is not None:
+            peft_config.target_modules = {name for structure in peft_config.coupled_modules for name in structure}
         if peft_config.target_modules is None:
             among = self._couplings if peft_config.pattern in COUPLED else None
             peft_config.target_modules = default_target_modules(self.model, among)
             if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
                 raise ValueError(
                     f"layers_to_transform={peft_config.layers_to_transform!r} needs target_modules in a model of "
-                    "several modalities: name the layers to prune."
+                    "several modalities, or where the names alone catch too much: name the layers to prune, and leave "
+                    "others out by exclude_modules."
                 )
         return peft_config
 
@@ -177,8 +180,8 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
     """The names, from the block downwards, of all linear layers in the blocks of a model, or of those `among` them.
 
     A block is an entry of an `nn.ModuleList`, as transformers builds its models; embeddings, poolers and heads lie
-    outside. In a model of several modalities only the language model counts, as with PEFT's defaults; the names are
-    then one regular expression.
+    outside. In a model of several modalities only the language model counts, as with PEFT's defaults. Where names
+    alone would catch more than they should, they are one regular expression.
 
     Raises:
         ValueError: if there is none.
@@ -186,7 +189,7 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
     modules = dict(model.named_modules())
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     multimodal = any("language_model." in name for name in lists)
-    targets, stacked = set(), []
+    targets, others, stacked = set(), set(), []
     for name, module in modules.items():
         outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
         if outermost is None or (multimodal and "language_model." not in name):
@@ -194,12 +197,12 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
         if not isinstance(module, nn.Conv1d):
             parameters = module.named_parameters(recurse=False)
             stacked += [f"{name}.{key}" for key, p in parameters if p.ndim == 3 and min(p.shape) > 1]
-        if among is not None and name.removesuffix(".base_layer") not in among:
-            continue
         parent, _, own_name = name.rpartition(".")
         if is_plain_linear(module) and own_name not in ROUTERS and not bypasses_forward(modules[parent]):
             # another adapter may be there already, around the layer
-            targets.add(name[len(outermost) :].partition(".")[2].removesuffix(".base_layer"))
+            plain_name = name.removesuffix(".base_layer")
+            wanted = among is None or plain_name in among
+            (targets if wanted else others).add(plain_name[len(outermost) :].partition(".")[2])
     if stacked:
         warnings.warn(
             f"{len(stacked)} weights, such as {stacked[0]}, stay dense: PST prunes linear layers, and these hold many "
@@ -217,4 +220,8 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "
             "torch.nn.ModuleList, so there is no default. Name the layers to prune, or use 'all-linear'."
         )
-    return rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(targets)))})" if multimodal else targets
+    names = "|".join(map(re.escape, sorted(targets)))
+    if multimodal:
+        return rf".*language_model\..*\.({names})"
+    catch_others = any(other.endswith(f".{name}") for other in others for name in targets)
+    return rf".*\.\d+\.({names})" if catch_others else targets

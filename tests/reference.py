@@ -33,11 +33,43 @@ def random_factors(n, k, r=3, mask_r=2, dtype=torch.float64, integers=False):
     return [scale * torch.randn(shape, dtype=dtype) for shape, scale in zip(shapes, scales, strict=True)]
 
 
-def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=None):
-    """One masked linear layer by the formulas of each method, everything else left to autograd.
+def slow_units(pattern, importance):
+    """The units of a weight as the pattern's definition reads, in order, in plain Python: what a unit costs, and the
+    entries that it loses."""
+    n, k = importance.shape
+    values = importance.tolist()
+    units = []
+    if ":" in pattern and not pattern.startswith("block"):
+        kept, size = map(int, pattern.split(":"))
+        for i in range(n):
+            for start in range(0, k, size):
+                group = sorted((values[i][j], j) for j in range(start, start + size))[: size - kept]
+                units.append((sum(value for value, _ in group), [(i, j) for _, j in group]))
+        return units
+    rows, columns = {"unstructured": (1, 1), "row": (1, k), "column": (n, 1)}.get(pattern) or map(
+        int, pattern.removeprefix("block:").split("x")
+    )
+    for i in range(0, n, rows):
+        for j in range(0, k, columns):
+            entries = [(a, b) for a in range(i, i + rows) for b in range(j, j + columns)]
+            units.append((sum(values[a][b] for a, b in entries), entries))
+    return units
 
-    `arguments` are those of the update, then those of the importance; for wanda the norms of the inputs.
-    """
+
+def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=None):
+    """One masked linear layer by the formulas of each method, everything else left to autograd."""
+    weight, score = plain_weight_and_score(importance, update, weight, arguments)
+    mask = plain_mask(score, num_pruned)
+    if importance == "l0":
+        gate = plain_hard_concrete(score, seed)
+        gates = mask * gate.detach() + (gate - gate.detach())
+    else:
+        gates = mask + (score - score.detach())
+    return F.linear(x, gates * weight, bias)
+
+
+def plain_weight_and_score(importance, update, weight, arguments):
+    """W' and S from the arguments of the update, then those of the importance; for wanda the norms of the inputs."""
     arguments = list(arguments)
     if update == "low_rank":
         weight = weight + arguments.pop(0) @ arguments.pop(0)
@@ -51,13 +83,7 @@ def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=
         "l0": lambda log_alpha: log_alpha,
         "wanda": lambda norm: (weight.abs() * norm).detach(),
     }[importance](*arguments)
-    mask = plain_mask(score, num_pruned)
-    if importance == "l0":
-        gate = plain_hard_concrete(score, seed)
-        gates = mask * gate.detach() + (gate - gate.detach())
-    else:
-        gates = mask + (score - score.detach())
-    return F.linear(x, gates * weight, bias)
+    return weight, score
 
 
 def plain_hard_concrete(log_alpha, seed=None):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from reference import plain_mask
+from reference import plain_mask, slow_units
 
 from peft_pst.patterns import bits, keep_largest, pack_bits, parse_pattern, selection, unpack_bits
 
@@ -43,33 +43,16 @@ def test_the_mask_does_not_depend_on_the_memory_layout():
 
 
 def slow_mask(pattern, importance, num_pruned):
-    """Which entries stay, as the pattern's definition reads: units in order, the cheapest first, in plain Python."""
-    n, k = importance.shape
-    values = importance.tolist()
-    units = []  # what a unit costs, and the entries that it loses
-    if ":" in pattern and not pattern.startswith("block"):
-        kept, size = map(int, pattern.split(":"))
-        for i in range(n):
-            for start in range(0, k, size):
-                group = sorted((values[i][j], j) for j in range(start, start + size))[: size - kept]
-                units.append((sum(value for value, _ in group), [(i, j) for _, j in group]))
-    else:
-        rows, columns = {"unstructured": (1, 1), "row": (1, k), "column": (n, 1)}.get(pattern) or map(
-            int, pattern.removeprefix("block:").split("x")
-        )
-        for i in range(0, n, rows):
-            for j in range(0, k, columns):
-                entries = [(a, b) for a in range(i, i + rows) for b in range(j, j + columns)]
-                units.append((sum(values[a][b] for a, b in entries), entries))
-    keep = [[True] * k for _ in range(n)]
+    """Which entries stay: units in order, the cheapest first, in plain Python."""
+    keep = torch.ones(importance.shape, dtype=torch.bool)
     pruned = 0
-    for _, entries in sorted(units, key=lambda unit: unit[0]):
+    for _, entries in sorted(slow_units(pattern, importance), key=lambda unit: unit[0]):
         if pruned == num_pruned:
             break
         for i, j in entries:
-            keep[i][j] = False
+            keep[i, j] = False
             pruned += 1
-    return torch.tensor(keep)
+    return keep
 
 
 PATTERNS = ["unstructured", "row", "column", "2:4", "1:4", "4:8", "1:2", "3:4", "block:8x1", "block:4x4", "block:1x8"]

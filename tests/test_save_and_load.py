@@ -15,10 +15,21 @@ from peft_pst import PSTConfig, PSTLayer
 OLD_ADAPTER = Path(__file__).parent / "data" / "adapter_0.1.0"
 
 
-@pytest.fixture
-def saved(bert, tokens, tmp_path):
+METHODS = {
+    "pst": {},
+    "global": {"budget": "global"},
+    "neuron": {"pattern": "neuron"},
+    "interval": {"mask_interval": 7},
+    "movement": {"importance": "movement", "update": "full"},
+    "l0": {"importance": "l0"},
+}
+
+
+@pytest.fixture(params=METHODS)
+def saved(request, bert, tokens, tmp_path):
     """An adapter on disk that prunes 37 %, though its config says 0 and 90 %, and the logits that it gives."""
-    model = get_peft_model(bert(), PSTConfig(task_type="SEQ_CLS", init_weights=False)).eval()
+    config = PSTConfig(task_type="SEQ_CLS", init_weights=False, **METHODS[request.param])
+    model = get_peft_model(bert(), config).eval()
     model.base_model.set_sparsity(0.37)
     model.save_pretrained(tmp_path / "adapter")
     with torch.no_grad():
@@ -38,7 +49,7 @@ def peft_trainable(base, folder):
 
 
 def peft_load_adapter(base, folder):
-    model = get_peft_model(base, PSTConfig(task_type="SEQ_CLS"), adapter_name="first")
+    model = get_peft_model(base, PSTConfig.from_pretrained(folder), adapter_name="first")
     model.load_adapter(folder, adapter_name="second")
     model.set_adapter("second")
     return model
@@ -46,7 +57,7 @@ def peft_load_adapter(base, folder):
 
 def peft_load_into_the_same_adapter(base, folder):
     """What the Trainer does on resume and for the best model."""
-    model = get_peft_model(base, PSTConfig(task_type="SEQ_CLS"))
+    model = get_peft_model(base, PSTConfig.from_pretrained(folder))
     model.load_adapter(folder, adapter_name="default", is_trainable=True)
     return model
 
@@ -84,7 +95,7 @@ def test_what_was_saved_is_what_is_loaded(load, bert, tokens, saved):
 
 def test_a_model_that_has_evaluated_sees_the_loaded_adapter(bert, tokens, saved):
     folder, logits, _ = saved
-    model = get_peft_model(bert(), PSTConfig(task_type="SEQ_CLS")).eval()
+    model = get_peft_model(bert(), PSTConfig.from_pretrained(folder)).eval()
     with torch.no_grad():
         model(input_ids=tokens)
         model.load_adapter(folder, adapter_name="default")
@@ -94,7 +105,11 @@ def test_a_model_that_has_evaluated_sees_the_loaded_adapter(bert, tokens, saved)
 def test_the_file_holds_the_factors_the_budget_and_the_fingerprint(saved):
     state = load_file(saved[0] / "adapter_model.safetensors")
     kinds = {key.rpartition(".")[2] for key in state if "pst_" in key}
-    assert kinds == {"pst_U", "pst_V", "pst_A", "pst_B", "pst_R", "pst_C", "pst_num_pruned", "pst_fingerprint"}
+    config = PSTConfig.from_pretrained(saved[0])
+    update = {"low_rank": {"pst_U", "pst_V"}, "full": {"pst_D"}}[config.update]
+    importance = {"movement": {"pst_S"}, "l0": {"pst_log_alpha"}, "pst": {"pst_A", "pst_B", "pst_R", "pst_C"}}
+    mask = {"pst_mask"} if config.keeps_masks else set()
+    assert kinds == update | importance[config.importance] | mask | {"pst_num_pruned", "pst_fingerprint"}
     assert all(v.dtype == torch.int64 for k, v in state.items() if k.endswith(("num_pruned", "fingerprint")))
 
 
@@ -126,12 +141,13 @@ def test_the_same_base_model_in_another_dtype_fits(dtype, bert, tokens, saved):
 @pytest.mark.parametrize("load", [peft_from_pretrained, peft_low_memory])
 def test_an_adapter_of_another_size_is_refused(load, bert, saved):
     message = (
-        r"The adapter does not fit: .*pst_. has shape \[.*\] in the checkpoint, but this layer, \[out=\d+, in=64\]"
+        r"The adapter does not fit: .*pst_\w+ has shape \[.*\] in the checkpoint, but this layer, \[out=\d+, in=64\]"
     )
     with pytest.raises(ValueError, match=message):
         load(bert(hidden_size=64), saved[0])
 
 
+@pytest.mark.parametrize("saved", ["pst"], indirect=True)
 def test_an_adapter_of_another_rank_is_refused(bert, saved):
     config = json.loads((saved[0] / "adapter_config.json").read_text())
     (saved[0] / "adapter_config.json").write_text(json.dumps({**config, "r": 4}))

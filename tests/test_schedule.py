@@ -1,6 +1,8 @@
+import copy
+
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_pst import PSTConfig, SparsityScheduler
@@ -73,6 +75,83 @@ def test_each_layer_follows_its_own_adapter():
     for _ in range(4):
         scheduler.step()
     assert [layer.num_pruned for layer in scheduler.layers] == [50, 80]
+
+
+# mask_interval: sparsity and masks change at every k-th step, and when the sparsity becomes final.
+
+
+def masks(net):
+    layer = net.base_model.model[0]
+    return layer.pst_mask["default"].clone(), layer.num_pruned
+
+
+def train_step(net, scheduler, optimizer):
+    net(torch.randn(4, 10)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    scheduler.step()
+
+
+@pytest.mark.parametrize("total", [20, 23])
+def test_masks_change_only_at_the_interval_and_when_the_sparsity_is_final(total):
+    net = model(mask_interval=5, warmup_ratio=0, cooldown_ratio=0.1, init_weights=False)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    scheduler = SparsityScheduler(net, total_steps=total)
+    final = total - round(0.1 * total)
+    for step in range(1, total + 1):
+        before = masks(net)
+        train_step(net, scheduler, optimizer)
+        after = masks(net)
+        changed = not torch.equal(before[0], after[0])
+        assert changed == (step % 5 == 0 or step == final), step
+        if not changed:
+            assert before[1] == after[1]
+        else:
+            assert after[1] == int(100 * sparsity_at(net.peft_config["default"], step, total))
+            # the mask is that of the weight as it is now
+            layer = net.base_model.model[0]
+            keep = layer.importance("default").flatten().argsort()[after[1] :]
+            merged = copy.deepcopy(net).merge_and_unload()[0].weight.flatten()
+            assert set(keep.tolist()) == set(merged.nonzero().flatten().tolist())
+    assert masks(net)[1] == 90
+
+
+def test_an_interrupted_training_goes_on_with_the_mask_that_it_had(tmp_path):
+    def parts(net, last_step):
+        optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+        return optimizer, SparsityScheduler(net, 20, last_step)
+
+    torch.manual_seed(0)
+    net = model(mask_interval=5, init_weights=False, warmup_ratio=0)
+    optimizer, scheduler = parts(net, 0)
+    for step in range(18):
+        torch.manual_seed(step)
+        train_step(net, scheduler, optimizer)
+        if step == 6:
+            net.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    again = PeftModel.from_pretrained(nn.Sequential(nn.Linear(10, 10)), tmp_path, is_trainable=True)
+    optimizer, scheduler = parts(again, 7)
+    for step in range(7, 18):
+        torch.manual_seed(step)
+        train_step(again, scheduler, optimizer)
+    for (name, a), b in zip(net.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_loaded_state_keeps_the_loaded_mask():
+    """The order of accelerate: everything is made, then the model's state is loaded, then the scheduler's."""
+    net = model(mask_interval=5, init_weights=False, warmup_ratio=0)
+    scheduler = SparsityScheduler(net, 20)
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(7):
+        train_step(net, scheduler, optimizer)
+    saved, state = copy.deepcopy(net.state_dict()), scheduler.state_dict()
+    again = model(mask_interval=5)
+    scheduler = SparsityScheduler(again, 20)
+    again.load_state_dict(saved)
+    scheduler.load_state_dict(state)
+    assert torch.equal(masks(again)[0], masks(net)[0]) and masks(again)[1] == masks(net)[1]
 
 
 def test_what_it_needs():
