@@ -98,8 +98,7 @@ class PSTModel(BaseTuner):
             if isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
                 raise ValueError(
                     f"layers_to_transform={peft_config.layers_to_transform!r} needs target_modules in a model of "
-                    "several modalities, or where the names alone catch too much: name the layers to prune, and leave "
-                    "others out by exclude_modules."
+                    "several modalities: name the layers to prune."
                 )
         return peft_config
 
@@ -180,8 +179,8 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
     """The names, from the block downwards, of all linear layers in the blocks of a model, or of those `among` them.
 
     A block is an entry of an `nn.ModuleList`, as transformers builds its models; embeddings, poolers and heads lie
-    outside. In a model of several modalities only the language model counts, as with PEFT's defaults. Where names
-    alone would catch more than they should, they are one regular expression.
+    outside. In a model of several modalities only the language model counts, as with PEFT's defaults; the names are
+    then one regular expression. Where names alone would catch more than they should, each begins with a block's index.
 
     Raises:
         ValueError: if there is none.
@@ -189,7 +188,7 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
     modules = dict(model.named_modules())
     lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     multimodal = any("language_model." in name for name in lists)
-    targets, others, stacked = set(), set(), []
+    targets, indexed, others, stacked = set(), set(), set(), []
     for name, module in modules.items():
         outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
         if outermost is None or (multimodal and "language_model." not in name):
@@ -202,7 +201,10 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             # another adapter may be there already, around the layer
             plain_name = name.removesuffix(".base_layer")
             wanted = among is None or plain_name in among
-            (targets if wanted else others).add(plain_name[len(outermost) :].partition(".")[2])
+            index, _, below = plain_name[len(outermost) :].partition(".")
+            (targets if wanted else others).add(below)
+            if wanted:
+                indexed.add(f"{index}.{below}")
     if stacked:
         warnings.warn(
             f"{len(stacked)} weights, such as {stacked[0]}, stay dense: PST prunes linear layers, and these hold many "
@@ -220,8 +222,7 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "
             "torch.nn.ModuleList, so there is no default. Name the layers to prune, or use 'all-linear'."
         )
-    names = "|".join(map(re.escape, sorted(targets)))
     if multimodal:
-        return rf".*language_model\..*\.({names})"
+        return rf".*language_model\..*\.({'|'.join(map(re.escape, sorted(targets)))})"
     catch_others = any(other.endswith(f".{name}") for other in others for name in targets)
-    return rf".*\.\d+\.({names})" if catch_others else targets
+    return indexed if catch_others else targets

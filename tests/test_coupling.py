@@ -181,8 +181,12 @@ def test_what_is_no_structure_is_named(bert):
     blocks = nn.ModuleDict({"blocks": nn.ModuleList([Pair()])})
     with pytest.raises(ValueError, match="ModuleDict has no neurons or heads in its blocks that are known to this"):
         get_peft_model(blocks, PSTConfig(pattern="neuron"))
-    with pytest.raises(ValueError, match=r"layers_to_transform=\[0\] needs target_modules .* catch too much"):
-        get_peft_model(bert(), PSTConfig(pattern="neuron", layers_to_transform=[0]))
+
+
+def test_layers_to_transform_with_the_default_targets(bert):
+    model = get_peft_model(bert(), PSTConfig(pattern="neuron", layers_to_transform=[1]))
+    names = model.base_model.targeted_module_names
+    assert len(names) == 2 and all(".layer.1." in name and "attention" not in name for name in names)
 
 
 def test_a_second_adapter_finds_the_structures_too(bert):

@@ -175,10 +175,20 @@ def adapter(folder):
     return load_file(Path(folder) / "final" / "adapter_model.safetensors")
 
 
-def test_a_killed_training_resumes_bit_for_bit(tmp_path):
-    finish(start(tmp_path / "whole"))
+# the default; masks that are kept for some steps and were not due at step 10; gates that are drawn at random
+METHODS = {
+    "pst": {},
+    "interval": {"mask_interval": 7, "budget": "global"},
+    "l0": {"importance": "l0", "update": "full", "pattern": "neuron"},
+}
 
-    killed = start(tmp_path / "killed", "--slow")
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_training_resumes_bit_for_bit(tmp_path, method):
+    config = json.dumps(METHODS[method])
+    finish(start(tmp_path / "whole", config))
+
+    killed = start(tmp_path / "killed", config, "--slow")
     checkpoint = tmp_path / "killed" / "checkpoint-10" / "trainer_state.json"
     deadline = time.time() + 240
     while not checkpoint.exists():
@@ -190,7 +200,7 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path):
     assert 10 <= json.loads((tmp_path / "killed" / "step.json").read_text()) < 20
 
     before = load_file(tmp_path / "killed" / "checkpoint-10" / "adapter_model.safetensors")
-    finish(start(tmp_path / "killed", "--resume"))
+    finish(start(tmp_path / "killed", config, "--resume"))
     whole, resumed = adapter(tmp_path / "whole"), adapter(tmp_path / "killed")
     assert whole.keys() == resumed.keys() and any("classifier" in name for name in whole)
     for name, value in whole.items():

@@ -1,4 +1,7 @@
-"""A training that a test kills and resumes: train_and_stop.py FOLDER [--slow] [--resume]."""
+"""A training that a test kills and resumes: train_and_stop.py FOLDER CONFIG [--slow] [--resume].
+
+CONFIG is JSON, the arguments of PSTConfig.
+"""
 
 import json
 import sys
@@ -35,7 +38,9 @@ class Progress(TrainerCallback):
 set_seed(0)
 torch.set_num_threads(1)
 config = BertConfig(vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-model = get_peft_model(BertForSequenceClassification(config), PSTConfig(task_type="SEQ_CLS"))
+model = get_peft_model(
+    BertForSequenceClassification(config), PSTConfig(task_type="SEQ_CLS", **json.loads(sys.argv[2]))
+)
 data = [{"input_ids": torch.randint(0, 99, (7,)), "labels": int(torch.randint(0, 2, ()))} for _ in range(40)]
 arguments = TrainingArguments(
     str(folder),
