@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from peft import PeftConfig, get_peft_model
@@ -93,3 +95,36 @@ def test_n_of_m_implies_its_sparsity():
 def test_a_saved_pattern_is_the_same_pattern(tmp_path):
     PSTConfig(pattern="1:3").save_pretrained(tmp_path)
     assert PSTConfig.from_pretrained(tmp_path) == PSTConfig(pattern="1:3")
+
+
+@pytest.mark.parametrize("name", ["importance", "update", "budget"])
+def test_a_choice_that_is_not_known_is_named(name):
+    with pytest.raises(ValueError, match=rf"{name}='fancy' is unknown: expected one of \['"):
+        PSTConfig(**{name: "fancy"})
+
+
+def test_the_mask_interval_is_a_number_of_steps():
+    with pytest.raises(ValueError, match="mask_interval=0 is not a number of steps: expected an int of at least 1"):
+        PSTConfig(mask_interval=0)
+    with pytest.raises(TypeError, match="mask_interval=2.5 is not a number of steps"):
+        PSTConfig(mask_interval=2.5)
+
+
+@pytest.mark.parametrize("importance", ["movement", "l0"])
+@pytest.mark.parametrize("early", [{"initial_sparsity": 0.5}, {"schedule": "constant"}])
+def test_pruning_before_the_scores_have_moved_is_a_warning(importance, early):
+    with pytest.warns(UserWarning, match=f"importance='{importance}' starts with the same score everywhere"):
+        PSTConfig(importance=importance, **early)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PSTConfig(importance=importance)
+        PSTConfig(importance="pst", **early)
+
+
+def test_a_saved_choice_is_the_same_choice(tmp_path):
+    config = PSTConfig(
+        importance="l0", update="full", budget="global", mask_interval=5, penalty=2.0, pattern="neuron",
+        coupled_modules=[["gate_proj", "up_proj", "down_proj"]],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert PSTConfig.from_pretrained(tmp_path) == config

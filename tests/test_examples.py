@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "text_classification.py"
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "examples" / "text_classification.py"
 
 
 def test_text_classification(local_hub):
@@ -24,3 +25,14 @@ def test_text_classification(local_hub):
     assert (out / "sparsity.png").stat().st_size > 1000
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {file.name for file in (out / "adapter").iterdir()}
     assert "it/s]" in result.stderr or "s/it]" in result.stderr
+
+
+def test_methods_side_by_side(local_hub):
+    pytest.importorskip("matplotlib", reason="it imports the example, which draws a figure: peft-pst[plot]")
+    command = [sys.executable, ROOT / "benchmarks" / "methods.py", "--seeds", "0", "1", "--epochs", "1"]
+    command += ["--model", "google-bert/bert-base-uncased", "--dataset", "fancyzhx/ag_news"]
+    result = subprocess.run(command, cwd=local_hub, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.stdout.splitlines() if "|" in line]
+    assert [row[0] for row in rows[2:]] == ["magnitude", "movement", "soft movement", "L0", "PST"]
+    assert all(row[3] == "80.00" and " ± " in row[1] for row in rows[2:])
