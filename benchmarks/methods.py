@@ -1,4 +1,4 @@
-"""Methods of sparse training side by side: the same model, data, steps and sparsity, one changed config each.
+"""Methods of sparse training side by side: the same model, data, number of steps and sparsity.
 
 MiniLM on BBC News, from their PyPI packages, by the functions of `examples/text_classification.py`, whose options are
 options here too:
@@ -22,24 +22,29 @@ from peft_pst.integrations import PSTCallback
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import text_classification as example
 
-# Movement scores are first-order: they hold for small changes, and under a ramp as steep as the cubic one of so short a
-# training the model breaks down and does not recover. So all methods get a long warm-up and an even ramp.
-SCHEDULE = {"schedule": "linear", "warmup_ratio": 0.3, "cooldown_ratio": 0.1}
+# Movement scores are first-order: they hold for small changes. Under PST's cubic ramp, so steep in so short a training,
+# the model breaks down and does not recover; it needs a long warm-up, an even ramp, and the rate of its paper.
+EVEN = {"schedule": "linear", "warmup_ratio": 0.3, "cooldown_ratio": 0.1}
+# the config, and learning rates other than those of `create_pst_optimizer`
 METHODS = {
-    "magnitude": {"importance": "magnitude", "update": "full"},
-    "movement": {"importance": "movement", "update": "full"},
-    "soft movement": {"importance": "soft_movement", "update": "full", "budget": "global"},
-    "L0": {"importance": "l0", "update": "full"},
-    "PST": {},
+    "magnitude": ({"importance": "magnitude", "update": "full"}, {}),
+    "movement": ({"importance": "movement", "update": "full", **EVEN}, {"delta_lr": 3e-5}),
+    "soft movement": (
+        {"importance": "soft_movement", "update": "full", "budget": "global", **EVEN},
+        {"delta_lr": 3e-5},
+    ),
+    "L0": ({"importance": "l0", "update": "full"}, {}),
+    "PST": ({}, {}),
 }
 
 
-def train(choices: dict, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict:
-    """Train one method: accuracy on the test split, share of zeros in the targets, minutes, parameters trained."""
+def train(method: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> dict:
+    """Accuracy on the test split, share of zeros in the targets, minutes, and how many parameters trained."""
+    choices, rates = METHODS[method]
     set_seed(args.seed)
     model = example.load_model(tokenizer.name_or_path, data["train"].features["label"].names)
-    model = get_peft_model(model, PSTConfig(task_type="SEQ_CLS", sparsity=args.sparsity, **SCHEDULE, **choices))
-    targets, optimizer = model.base_model.targeted_module_names, create_pst_optimizer(model)
+    model = get_peft_model(model, PSTConfig(task_type="SEQ_CLS", sparsity=args.sparsity, **choices))
+    targets, optimizer = model.base_model.targeted_module_names, create_pst_optimizer(model, **rates)
     callbacks = [PSTCallback()]
     result = example.run(
         example.make_trainer(model, data, tokenizer, args, optimizers=(optimizer, None), callbacks=callbacks)
@@ -59,7 +64,7 @@ def main() -> None:
     data = example.tokenize(example.load_texts(options), tokenizer, options)
     results = {name: [] for name in args.methods}
     for name, options.seed in tqdm([(name, seed) for name in args.methods for seed in args.seeds], desc="trainings"):
-        results[name].append(train(METHODS[name], data, tokenizer, options))
+        results[name].append(train(name, data, tokenizer, options))
         print(name, options.seed, results[name][-1], flush=True)
     rows = []
     for name, cells in results.items():

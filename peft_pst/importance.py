@@ -130,10 +130,11 @@ class SoftMovement(Movement):
 
 
 class L0(Importance):
-    """Hard concrete gates z (Louizos et al., arXiv 1712.01312, equations 10 to 12): the weight is M ∘ z ∘ W'.
+    """Hard concrete gates z (Louizos et al., arXiv 1712.01312, section 2.3): the weight is M ∘ z ∘ W'.
 
-    S = log alpha, [out, in], the logit of a gate being open. The mask keeps the largest, so that the budget is exact;
-    each kept entry is multiplied by its gate, random in training and its mean in evaluation.
+    S = log alpha, [out, in], the logit of a gate being open. The mask keeps the largest, so that the budget is exact,
+    where the paper tunes a penalty until it fits. Each kept entry is multiplied by its gate, random in training and
+    without noise in evaluation.
     """
 
     names = ("pst_log_alpha",)

@@ -18,7 +18,7 @@ def create_pst_optimizer(
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
     lr: float = 3e-4,
-    delta_lr: float = 5e-5,
+    delta_lr: float = 1e-4,
     score_lr: float = 1e-2,
     head_lr: float = 1e-3,
     **kwargs: Any,
