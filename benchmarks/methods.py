@@ -22,7 +22,7 @@ from peft_pst.integrations import PSTCallback
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 import text_classification as example
 
-# Movement scores are first-order: they hold for small changes. Under PST's cubic ramp, so steep in so short a training,
+# Movement scores are first-order: they hold for small changes. Under the cubic ramp, so steep in so short a training,
 # the model breaks down and does not recover; it needs a long warm-up, an even ramp, and the rate of its paper.
 EVEN = {"schedule": "linear", "warmup_ratio": 0.3, "cooldown_ratio": 0.1}
 # the config, and learning rates other than those of `create_pst_optimizer`

@@ -170,8 +170,8 @@ def test_training_keeps_no_dense_weight():
 
 
 def step_without_versions(model):
-    for factor in the_layer(model).arguments("default"):
-        factor.data.add_(torch.randn_like(factor))
+    for parameter in the_layer(model).arguments("default"):
+        parameter.data.add_(torch.randn_like(parameter))
 
 
 def step_of_an_optimizer(model):
@@ -241,6 +241,29 @@ def test_evaluation_never_sees_a_stale_mask(change):
     change(model)
     expected = x.double() @ expected_weight(model).T + the_layer(model).bias.detach().double()
     torch.testing.assert_close(output(model, x).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def drop_the_mask(model):
+    for mask in the_layer(model).pst_mask.values():
+        mask.data.fill_(255)
+
+
+@pytest.mark.parametrize("change", [step_without_versions, drop_the_mask], ids=lambda change: change.__name__)
+@pytest.mark.parametrize(
+    "choices",
+    [{"importance": "movement", "update": "full"}, {"importance": "l0"}, {"budget": "global"}, {"mask_interval": 9}],
+    ids=str,
+)
+def test_evaluation_of_other_methods_never_sees_a_stale_mask(change, choices):
+    config = PSTConfig(target_modules=["0"], init_weights=False, **choices)
+    model = get_peft_model(nn.Sequential(nn.Linear(70, 80)), config).eval()
+    model.base_model.set_sparsity(0.7)
+    x = torch.randn(3, 70)
+    before = output(model, x)
+    change(model)
+    after = output(model, x)
+    assert torch.equal(after, output(copy.deepcopy(model), x))
+    assert torch.equal(after, before) == (change is drop_the_mask and not len(the_layer(model).pst_mask))
 
 
 def test_evaluation_in_another_dtype():
