@@ -1,0 +1,1 @@
+"""A trained sparse model, stored and run."""
