@@ -94,3 +94,19 @@ def plain_hard_concrete(log_alpha, seed=None):
         u = torch.rand(log_alpha.shape, generator=torch.Generator().manual_seed(seed), dtype=log_alpha.dtype)
         s = torch.sigmoid((torch.log(u) - torch.log(1 - u) + log_alpha) / (2 / 3))
     return torch.clamp(s * 1.2 - 0.1, 0, 1)
+
+
+def sparse_tensor(shape, sparsity, dtype=torch.float32):
+    tensor = torch.randn(shape) if dtype.is_floating_point else torch.randint(-127, 128, shape)
+    return tensor.to(dtype).masked_fill(torch.rand(shape) < sparsity, 0)
+
+
+def random_two_of_four(shape, dtype=torch.float32):
+    tensor = torch.randn(shape)
+    keep = torch.rand(shape).view(-1, 4).argsort(1).argsort(1) < 2
+    return tensor.masked_fill(~keep.view(shape), 0).to(dtype)
+
+
+def same_bits(a, b):
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))

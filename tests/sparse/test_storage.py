@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from test_codecs import same_bits, sparse
+from reference import same_bits, sparse_tensor
 
 from peft_pst.sparse.storage import Description, decode, encode
 
@@ -16,7 +16,7 @@ def size(parts):
 )
 @pytest.mark.parametrize("shape", [(16, 24), (7,), (), (3, 4, 5), (0, 3)])
 def test_exact_values_come_back_bit_for_bit(dtype, shape):
-    tensor = sparse(shape, 0.7, torch.float32).to(dtype)
+    tensor = sparse_tensor(shape, 0.7, torch.float32).to(dtype)
     description, parts = encode(tensor)
     again = decode(Description(*json.loads(json.dumps(description))), parts)
     assert again.shape == tensor.shape and same_bits(again.to(dtype), tensor) and again.dtype == dtype
@@ -24,7 +24,7 @@ def test_exact_values_come_back_bit_for_bit(dtype, shape):
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
 def test_values_are_stored_in_the_smallest_dtype_that_holds_them(stored):
-    tensor = sparse((64, 64), 0.9).to(stored).float()
+    tensor = sparse_tensor((64, 64), 0.9).to(stored).float()
     description, parts = encode(tensor)
     assert parts["values"].dtype == stored and description.dtype == "float32"
     assert same_bits(decode(description, parts), tensor)
@@ -41,7 +41,7 @@ def test_what_only_looks_equal_is_not_narrowed():
 
 @pytest.mark.parametrize(("values", "error"), [("bf16", 2**-8), ("fp16", 2**-11)])
 def test_rounded_values_are_those_of_the_cast(values, error):
-    tensor = sparse((32, 64), 0.9)
+    tensor = sparse_tensor((32, 64), 0.9)
     description, parts = encode(tensor, values)
     again = decode(description, parts)
     assert again.dtype == torch.float32
@@ -51,7 +51,9 @@ def test_rounded_values_are_those_of_the_cast(values, error):
 
 @pytest.mark.parametrize("shape", [(32, 64), (32, 3, 8), (64,), ()])
 def test_int8_rounds_by_row(shape):
-    tensor = sparse(shape, 0.8) * torch.logspace(-3, 3, shape[0] if shape else 1).view(-1, *[1] * (len(shape) - 1))
+    tensor = sparse_tensor(shape, 0.8) * torch.logspace(-3, 3, shape[0] if shape else 1).view(
+        -1, *[1] * (len(shape) - 1)
+    )
     tensor = tensor.reshape(shape)
     description, parts = encode(tensor, "int8")
     again = decode(description, parts)

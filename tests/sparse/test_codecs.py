@@ -1,25 +1,10 @@
 import pytest
 import torch
+from reference import random_two_of_four, same_bits, sparse_tensor
 
 from peft_pst.sparse.codecs import CODECS, smallest_codec
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8]
-
-
-def sparse(shape, sparsity, dtype=torch.float32):
-    tensor = torch.randn(shape) if dtype.is_floating_point else torch.randint(-127, 128, shape)
-    return tensor.to(dtype).masked_fill(torch.rand(shape) < sparsity, 0)
-
-
-def two_of_four(shape, dtype=torch.float32):
-    tensor = torch.randn(shape)
-    keep = torch.rand(shape).view(-1, 4).argsort(1).argsort(1) < 2
-    return tensor.masked_fill(~keep.view(shape), 0).to(dtype)
-
-
-def same_bits(a, b):
-    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return a.dtype == b.dtype and torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -27,7 +12,7 @@ def same_bits(a, b):
 @pytest.mark.parametrize("shape", [(16, 24), (7, 11), (3, 600), (1, 1), (5,), (0, 4)])
 @pytest.mark.parametrize("name", CODECS)
 def test_every_bit_comes_back(name, shape, sparsity, dtype):
-    tensor = sparse(shape, sparsity, dtype)
+    tensor = sparse_tensor(shape, sparsity, dtype)
     codec = CODECS[name]
     size = codec.size(tensor)
     if size is None:
@@ -41,7 +26,7 @@ def test_every_bit_comes_back(name, shape, sparsity, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:3])
 @pytest.mark.parametrize("pruned", [0, 0.3])
 def test_two_of_four(dtype, pruned):
-    tensor = two_of_four((8, 32), dtype)
+    tensor = random_two_of_four((8, 32), dtype)
     tensor = tensor.masked_fill(torch.rand(8, 32) < pruned, 0)  # some groups have fewer than two
     codec = CODECS["2:4"]
     parts = codec.encode(tensor)
@@ -62,7 +47,7 @@ def test_what_looks_like_zero_but_is_not_is_kept(name):
 
 @pytest.mark.parametrize("name", CODECS)
 def test_the_layout_of_the_weight_does_not_matter(name):
-    tensor = two_of_four((16, 16)).T.contiguous().T
+    tensor = random_two_of_four((16, 16)).T.contiguous().T
     codec = CODECS[name]
     assert same_bits(codec.decode(codec.encode(tensor), tensor.shape), tensor)
 
@@ -81,10 +66,10 @@ def test_the_bytes_are_those_of_the_page():
 
 
 def test_the_smallest_is_chosen():
-    assert smallest_codec(sparse((64, 256), 0)) == "dense"
-    assert smallest_codec(sparse((64, 256), 0.8)) == "bitmask"
-    assert smallest_codec(sparse((64, 256), 0.95)) == "tiles"
-    assert smallest_codec(two_of_four((64, 256))) == "2:4"
+    assert smallest_codec(sparse_tensor((64, 256), 0)) == "dense"
+    assert smallest_codec(sparse_tensor((64, 256), 0.8)) == "bitmask"
+    assert smallest_codec(sparse_tensor((64, 256), 0.95)) == "tiles"
+    assert smallest_codec(random_two_of_four((64, 256))) == "2:4"
     assert smallest_codec(torch.zeros(64, 256)) == "tiles"
 
 
@@ -99,7 +84,7 @@ def test_the_size_of_a_bf16_weight_beside_dense_fp32(sparsity, share):
 @pytest.mark.parametrize("name", CODECS)
 def test_broken_parts_are_an_error_or_the_tensor(name):
     """Parts that are cut or changed never crash and never reach outside of the tensor."""
-    tensor, codec = two_of_four((16, 32)), CODECS[name]
+    tensor, codec = random_two_of_four((16, 32)), CODECS[name]
     for key, part in codec.encode(tensor).items():
         for cut in (0, 1, len(part) // 2, len(part) - 1):
             with pytest.raises(ValueError, match="A stored tensor is broken: .* save the checkpoint again"):
