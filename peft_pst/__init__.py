@@ -12,6 +12,10 @@ from .optimizer import create_pst_optimizer
 from .registration import register
 from .report import TensorSparsity, format_table, plot_sparsity, tensor_sparsity
 from .schedule import SparsityScheduler
+from .sparse.checkpoint import save_pretrained
+from .sparse.linear import SparseLinear
+from .sparse.quantizer import densify
+from .sparse.quantizer import register as register_checkpoint
 
 __version__ = "0.1.0"
 
@@ -19,13 +23,17 @@ __all__ = [
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
+    "SparseLinear",
     "SparsityScheduler",
     "TensorSparsity",
     "calibrate",
     "create_pst_optimizer",
+    "densify",
     "format_table",
     "plot_sparsity",
+    "save_pretrained",
     "tensor_sparsity",
 ]
 
 register()
+register_checkpoint()

@@ -1,0 +1,178 @@
+"""save_pretrained: a sparse model as a folder that transformers opens."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from .files import replace_folder
+from .linear import PREFIX, SparseLinear
+from .quantizer import QUANT_METHOD, VERSION, checksums_of
+from .storage import Description, Values, encode
+
+INDEX = "model.safetensors.index.json"
+OURS = ("config.json", "generation_config.json", INDEX)
+"""What a save replaces beside the weights; everything else in the folder stays."""
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | os.PathLike,
+    format: Literal["auto", "dense"] = "auto",
+    *,
+    values: Values = "exact",
+    tokenizer: Any = None,
+    max_shard_size: int = 5 * 10**9,
+) -> None:
+    """Save a merged model so that its zeros take no space; with `import peft_pst`, `from_pretrained` opens it.
+
+    The folder is written beside its place and then exchanged with what is there: it holds the old model or the new
+    one, whatever happens. Files of other names stay in it.
+
+    Args:
+        model (`PreTrainedModel`):
+            The model, after `merge_and_unload()`.
+        folder (`str` or `os.PathLike`):
+            Where to.
+        format (`str`):
+            `"auto"` stores each weight of a linear layer in the fewest bytes. `"dense"` stores zeros like any value,
+            for tools that know nothing of us.
+        values (`str`):
+            `"exact"`, or `"bf16"`, `"fp16"`, `"int8"` to round the values of the linear layers that are stored sparse.
+        tokenizer (*optional*):
+            A tokenizer or processor to save beside the model.
+        max_shard_size (`int`):
+            Bytes of a file, after which the next one begins.
+
+    Raises:
+        TypeError: if it is no model of transformers.
+        ValueError: if an adapter is not merged yet, or the format is unknown.
+    """
+    _check(model, format)
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        if format == "dense":
+            model.save_pretrained(written, max_shard_size=max_shard_size)
+        else:
+            _write(model, written, values, max_shard_size)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(written)
+        replace_folder(folder, written, lambda name: name in OURS or name.endswith((".safetensors", ".bin")))
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
+
+
+def _check(model: nn.Module, format: str) -> None:
+    if format not in ("auto", "dense"):
+        raise ValueError(f"format={format!r} is unknown: expected 'auto' or 'dense'.")
+    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            "The model has an adapter that is not merged: call merged = model.merge_and_unload() and save what it "
+            "returns. An adapter alone is saved by model.save_pretrained()."
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"save_pretrained got a {type(model).__name__}: expected a model of transformers, whose config goes into "
+            "the folder."
+        )
+
+
+def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size: int) -> None:
+    weights: dict[str, dict] = {}
+    checksums: dict[str, dict[str, int]] = {}
+    shards: list[dict[str, int]] = []  # the tensors of each file and their bytes
+    shard: dict[str, Tensor] = {}
+
+    def flush() -> None:
+        save_file(shard, folder / f"shard{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append({key: _bytes(tensor) for key, tensor in shard.items()})
+        shard.clear()
+
+    entries = list(_entries(model))
+    for name, module, tensor in tqdm(
+        entries, desc="saving", unit="tensor", disable=None if len(entries) > 100 else True
+    ):
+        for key, part in _parts(name, module, tensor, values, weights).items():
+            if shard and sum(map(_bytes, shard.values())) + _bytes(part) > max_shard_size:
+                flush()
+            checksums[key] = checksums_of(part)
+            shard[key] = part.detach().cpu().contiguous()
+    flush()
+    _name_shards(folder, shards)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = model.dtype
+    config.quantization_config = {
+        "quant_method": QUANT_METHOD, "version": VERSION, "weights": weights, "checksums": checksums,
+    }  # fmt: skip
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+
+
+def _entries(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Name, module and value of each tensor of the state dict; of tensors that share their data the first."""
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.data_ptr() in seen and tensor.numel():
+            continue
+        seen.add(tensor.data_ptr())
+        yield name, model.get_submodule(name.rpartition(".")[0]), tensor
+
+
+def _parts(
+    name: str, module: nn.Module, tensor: Tensor, values: Values, weights: dict[str, dict]
+) -> dict[str, Tensor]:
+    """The entries of the file for one tensor of the state dict; describes in `weights` what is stored."""
+    path, _, own = name.rpartition(".")
+    if isinstance(module, SparseLinear) and own.startswith(PREFIX):
+        entry = weights.setdefault(path, _described(module.description))
+        entry["parts"][own.removeprefix(PREFIX)] = _part(tensor)
+    elif isinstance(module, (nn.Linear, Conv1D)) and own == "weight":
+        description, parts = encode(tensor, values)
+        if description.codec != "dense":
+            weights[path] = {**_described(description), "parts": {k: _part(part) for k, part in parts.items()}}
+            return {f"{path}.{PREFIX}{key}": part for key, part in parts.items()}
+    return {name: tensor}
+
+
+def _described(description: Description) -> dict[str, Any]:
+    return {**description._asdict(), "parts": {}}
+
+
+def _part(part: Tensor) -> list:
+    return [str(part.dtype).removeprefix("torch."), list(part.shape)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _name_shards(folder: Path, shards: list[dict[str, int]]) -> None:
+    """Give the files the names that transformers looks for, and write the index if there are several."""
+    if len(shards) == 1:
+        os.replace(folder / "shard0.safetensors", folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, sizes in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        os.replace(folder / f"shard{i}.safetensors", folder / file)
+        weight_map |= dict.fromkeys(sizes, file)
+    total = sum(sum(sizes.values()) for sizes in shards)
+    (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))

@@ -1,0 +1,138 @@
+"""transformers opens a sparse checkpoint: a quantizer that puts a SparseLinear where a weight is stored sparse."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .linear import SparseLinear
+from .storage import Description
+
+QUANT_METHOD = "pst_sparse"
+VERSION = 1
+CHECKED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SparseCheckpointConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a sparse checkpoint.
+
+    Args:
+        weights: of each stored weight, by its module: codec, shape and dtype, and dtype and shape of its parts.
+        checksums: of each tensor in the file, the CRC-32 of its bytes in each dtype that it may be loaded as.
+        version: of the layout.
+
+    Raises:
+        ValueError: if the layout is newer than this library.
+    """
+
+    def __init__(
+        self, weights: dict[str, dict], checksums: dict[str, dict[str, int]], version: int = VERSION, **kwargs: Any
+    ) -> None:
+        if version > VERSION:
+            raise ValueError(
+                f"The checkpoint has version {version} of the layout {QUANT_METHOD}, but this peft-pst reads up to "
+                f"{VERSION}: upgrade it with pip install -U peft-pst."
+            )
+        self.quant_method, self.version = QUANT_METHOD, version
+        self.weights, self.checksums = weights, checksums
+
+
+class SparseCheckpointQuantizer(HfQuantizer):
+    """Makes the modules that hold a checkpoint's stored weights, and checks what was loaded into them."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, entry in self.quantization_config.weights.items():
+            name = _name_in(model, name)
+            if name is None:
+                continue  # a head that this model class has not
+            parent, _, child = name.rpartition(".")
+            linear = model.get_submodule(name)
+            description = Description(entry["codec"], entry["shape"], entry["dtype"])
+            parts = {
+                part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
+                for part, (dtype, shape) in entry["parts"].items()
+            }
+            sparse = SparseLinear(description, parts, linear.bias, conv1d=not isinstance(linear, nn.Linear))
+            setattr(model.get_submodule(parent), child, sparse.train(linear.training))
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        state = dict(model.state_dict())
+        for key, checksums in self.quantization_config.checksums.items():
+            name = next((n for n in _spellings(model, key) if n in state), None)
+            tensor = state.get(name)
+            expected = None if tensor is None else checksums.get(_dtype_name(tensor))
+            if expected is not None and not tensor.is_meta and checksum(tensor) != expected:
+                raise ValueError(
+                    f"The tensor {key!r} is not the one that was saved: its checksum is wrong, so the file was "
+                    "damaged on a disk or on the way. Download or save the checkpoint again."
+                )
+        self.quantization_config.checksums = {}  # a model that goes on changing has others
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        return densify(model)
+
+    def is_serializable(self, safe_serialization: bool | None = None) -> bool:
+        """Whether transformers may save the model again: the parts are buffers like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether the stored weights train."""
+        return False
+
+
+def densify(model: nn.Module) -> nn.Module:
+    """Replace every `SparseLinear` of a model by the dense layer, in place."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, SparseLinear):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.to_linear().train(module.training))
+    return model
+
+
+def checksum(tensor: Tensor) -> int:
+    """The CRC-32 of the bytes of a tensor in row-major order."""
+    flat = tensor.detach().cpu().contiguous().flatten()
+    return zlib.crc32(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+
+
+def checksums_of(tensor: Tensor) -> dict[str, int]:
+    """The checksum of a tensor as it is, and of what a cast at loading would make of it."""
+    dtypes = {tensor.dtype, *CHECKED_DTYPES} if tensor.is_floating_point() else {tensor.dtype}
+    return {str(dtype).removeprefix("torch."): checksum(tensor.to(dtype)) for dtype in sorted(dtypes, key=str)}
+
+
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
+    """A name in a checkpoint of a model with a head, and of one without."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    return name, name.removeprefix(prefix), prefix + name
+
+
+def _name_in(model: nn.Module, name: str) -> str | None:
+    modules = dict(model.named_modules())
+    return next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
+
+
+def register() -> None:
+    """Make the layout known to transformers' `from_pretrained`. Calling it again changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SparseCheckpointConfig)
+        register_quantizer(QUANT_METHOD)(SparseCheckpointQuantizer)
