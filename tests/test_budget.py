@@ -170,3 +170,5 @@ def test_a_second_adapter_is_pruned_though_it_is_not_active(bert):
     assert model.base_model.get_sparsity() == 0.5
     model.set_adapter("other")
     assert model.base_model.get_sparsity() == 0.25
+    model.delete_adapter("other")
+    assert not any("other" in key.split(".") for key in model.state_dict())

@@ -3,7 +3,7 @@ import pytest
 import torch
 from reference import plain_mask, slow_units
 
-from peft_pst.patterns import bits, keep_largest, pack_bits, parse_pattern, selection, unpack_bits
+from peft_pst.patterns import Slices, bits, keep_largest, pack_bits, parse_pattern, selection, unpack_bits
 
 
 def importances(kind, shape, dtype):
@@ -86,6 +86,27 @@ def test_the_budget_is_whole_units_and_at_most_the_sparsity(text):
             pruned = pattern.num_pruned(shape, sparsity)
             assert pruned % unit.get(text, 1) == 0 and 0 <= 16 * 24 * sparsity - pruned < unit.get(text, 1) + 1e-9
     assert pattern.num_pruned(shape, pattern.max_sparsity) == round(16 * 24 * pattern.max_sparsity)
+
+
+@pytest.mark.parametrize(("dim", "stacks"), [(0, 1), (1, 1), (0, 3)])
+def test_slices_of_a_coupled_structure(dim, stacks):
+    """Four units of a weight [24, 36], one line after the other, in plain Python."""
+    units, importance = 4, torch.randn(24, 36, dtype=torch.float64)
+    part = Slices(dim, units, stacks)
+    lines = importance if dim == 0 else importance.T
+    height = len(lines) // stacks
+    unit_of_line = [line % height // (height // units) for line in range(len(lines))]
+    scores = [sum(float(lines[i].sum()) for i, u in enumerate(unit_of_line) if u == unit) for unit in range(units)]
+    torch.testing.assert_close(part.scores(importance), torch.tensor(scores, dtype=torch.float64))
+    keep = torch.tensor([True, False, True, False])
+    stays = torch.tensor([bool(keep[u]) for u in unit_of_line])
+    expected = stays[:, None].expand(lines.shape)
+    assert torch.equal(part.expand(keep, importance.shape), expected if dim == 0 else expected.T)
+    assert part.unit_size(importance.shape) == 24 * 36 // units
+    mask = part.mask(importance, part.num_pruned(importance.shape, 0.5))
+    worst = sorted(range(units), key=lambda unit: scores[unit])[:2]
+    kept = torch.tensor([u not in worst for u in unit_of_line])[:, None].expand(lines.shape)
+    assert torch.equal(mask, kept if dim == 0 else kept.T)
 
 
 @pytest.mark.parametrize("text", ["4:2", "0:4", "2:2", "block:0x4", "block:8", "blocks", "2:4:8", "1:300", "", 24])
