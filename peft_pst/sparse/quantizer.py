@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from typing import Any
 
@@ -80,6 +81,11 @@ class SparseCheckpointQuantizer(HfQuantizer):
                     "damaged on a disk or on the way. Download or save the checkpoint again."
                 )
         self.quantization_config.checksums = {}  # a model that goes on changing has others
+        warnings.warn(
+            "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but "
+            "is slow: peft_pst.densify(model) makes them dense.",
+            stacklevel=2,
+        )
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
