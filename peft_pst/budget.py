@@ -12,13 +12,13 @@ from torch import Tensor
 from .patterns import GroupsOf, Units, keep_largest
 
 if TYPE_CHECKING:
-    from .layer import PSTLayer
+    from .linear import Linear
 
 # Under one budget for the model, no weight keeps less than this share of what a budget of its own would leave it.
 FLOOR = 0.1
 
 
-def set_sparsity(layers: Iterable[PSTLayer], sparsity: float, adapter_name: str | None = None) -> None:
+def set_sparsity(layers: Iterable[Linear], sparsity: float, adapter_name: str | None = None) -> None:
     """Prune layers to a sparsity from now on: those of one config together, as its budget and pattern ask.
 
     Args:
@@ -42,7 +42,7 @@ def set_sparsity(layers: Iterable[PSTLayer], sparsity: float, adapter_name: str 
 class Target(NamedTuple):
     """One adapter of one layer."""
 
-    layer: PSTLayer
+    layer: Linear
     adapter: str
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from .functional import Method
 from .layer import PSTLayer, active_layers
 
 
@@ -31,7 +32,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     Raises:
         ValueError: if no active adapter has `importance="wanda"`, the adapter is merged, or there is no batch.
     """
-    layers = [layer for layer in active_layers(model) if layer.active_config.importance == "wanda"]
+    layers = [layer for layer in active_layers(model) if Method.of(layer.active_config).importance.buffers]
     if not layers:
         raise ValueError(
             "calibrate() has nothing to note: no active adapter has importance='wanda', the only one that looks at "
@@ -76,6 +77,5 @@ def _note(padding: Padding, layer: PSTLayer, args: tuple[Tensor, ...]) -> None:
     x = args[0]
     counts = padding.mask is not None and x.shape[:2] == padding.mask.shape
     tokens = x[padding.mask.to(x.device)] if counts and x.ndim == 3 else x.reshape(-1, x.shape[-1])
-    squares = tokens.double().square().sum(0)
-    noted = layer.pst_input_squares[layer.active_pst_adapter].view(torch.float64)
-    noted += torch.cat((squares, squares.new_tensor([len(tokens)])))
+    importance = Method.of(layer.active_config).importance
+    importance.observe(tokens, *(getattr(layer, name)[layer.active_pst_adapter] for name in importance.buffers))

@@ -41,6 +41,9 @@ class Importance:
     def check_ready(self, layer_name: str, *buffers: Tensor) -> None:
         """Raise ValueError if the buffers cannot rank the entries yet."""
 
+    def observe(self, tokens: Tensor, *buffers: Tensor) -> None:
+        """Add to the buffers what inputs of the layer say, [tokens, in]."""
+
     def score(self, weight: Tensor, *arguments: Tensor) -> Tensor:
         """S, [out, in], from W' and the parameters and buffers."""
         raise NotImplementedError
@@ -196,6 +199,11 @@ class Wanda(Importance):
                 f"importance='wanda' has seen no input of {layer_name!r} yet, so it cannot rank its entries: call "
                 "peft_pst.calibrate(model, dataloader) before the sparsity grows."
             )
+
+    def observe(self, tokens: Tensor, input_squares: Tensor) -> None:
+        squares = tokens.double().square().sum(0)
+        seen = input_squares.view(torch.float64)
+        seen += torch.cat((squares, squares.new_tensor([len(tokens)])))
 
     def score(self, weight: Tensor, input_squares: Tensor) -> Tensor:
         squares = input_squares.view(torch.float64)

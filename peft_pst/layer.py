@@ -117,10 +117,6 @@ class PSTLayer(BaseTunerLayer):
         """How many entries the active adapter prunes now."""
         return int(self.pst_num_pruned[self.active_pst_adapter])
 
-    def importance(self, adapter_name: str) -> Tensor:
-        """What each entry of the weight is worth to an adapter now, [out, in]."""
-        raise NotImplementedError
-
     def check_sparsity(self, adapter_name: str, sparsity: float) -> None:
         """Raise ValueError if an adapter cannot prune that share of the entries now."""
         if not 0 <= sparsity < 1:

@@ -34,10 +34,18 @@ def replace_folder(folder: Path, written: Path, is_replaced: Callable[[str], boo
         if (written / entry.name).exists() or is_replaced(entry.name):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, written / entry.name, symlinks=True)
+            shutil.copytree(entry, written / entry.name, symlinks=True, copy_function=_link)
         else:
-            shutil.copy2(entry, written / entry.name, follow_symlinks=False)
+            _link(entry, written / entry.name)
     exchange(written, folder)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """A second name for a file, since a folder of checkpoints is large; a copy where the file system has no links."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def exchange(a: Path, b: Path) -> None:

@@ -38,3 +38,11 @@ def test_what_is_not_replaced_stays(tmp_path, system):
     old = folder(tmp_path / "old", x="1", mine="2", weights="3")
     replace_folder(old, folder(tmp_path / "written", x="new"), lambda name: name == "weights")
     assert content(old) == {"x": "new", "mine": "2"}
+
+
+def test_a_folder_beside_it_is_not_copied(tmp_path):
+    old = folder(tmp_path / "old", x="1")
+    checkpoint = folder(old / "checkpoint-5", weights="large") / "weights"
+    inode = checkpoint.stat().st_ino
+    replace_folder(old, folder(tmp_path / "written", x="2"), lambda name: False)
+    assert checkpoint.read_text() == "large" and checkpoint.stat().st_ino == inode
