@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +17,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .files import replace_folder
+from .files import replacing
 from .linear import PREFIX, SparseLinear
-from .quantizer import QUANT_METHOD, VERSION, checksums_of
+from .quantizer import QUANT_METHOD, VERSION, checksums_of, digest_of
 from .storage import Description, Values, encode
 
 INDEX = "model.safetensors.index.json"
@@ -63,19 +61,17 @@ def save_pretrained(
         ValueError: if an adapter is not merged yet, or the format is unknown.
     """
     _check(model, format)
-    folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with replacing(Path(folder).absolute(), _is_replaced) as written:
         if format == "dense":
             model.save_pretrained(written, max_shard_size=max_shard_size)
         else:
             _write(model, written, values, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-        replace_folder(folder, written, lambda name: name in OURS or name.endswith((".safetensors", ".bin")))
-    finally:
-        shutil.rmtree(written, ignore_errors=True)
+
+
+def _is_replaced(name: str) -> bool:
+    return name in OURS or name.endswith((".safetensors", ".bin"))
 
 
 def _check(model: nn.Module, format: str) -> None:
@@ -119,8 +115,12 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.quantization_config = {
-        "quant_method": QUANT_METHOD, "version": VERSION, "weights": weights, "checksums": checksums,
-    }  # fmt: skip
+        "quant_method": QUANT_METHOD,
+        "version": VERSION,
+        "digest": digest_of(weights, checksums),
+        "weights": weights,
+        "checksums": checksums,
+    }
     config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)

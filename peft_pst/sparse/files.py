@@ -5,28 +5,63 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
 
-def replace_folder(folder: Path, written: Path, is_replaced: Callable[[str], bool]) -> None:
-    """Put the folder `written` in the place of `folder`, on the same file system, and keep the old one's other files.
+@contextmanager
+def replacing(folder: Path, is_replaced: Callable[[str], bool]) -> Iterator[Path]:
+    """A new folder to write into; when the block ends without an error, it takes the place of `folder`.
+
+    It lies beside `folder`, in a hidden workplace which what follows removes: this call, or after a killed process
+    the next one.
 
     Args:
-        folder: where the new one goes; it need not exist.
-        written: the new one. What remains under this name afterwards can be deleted.
-        is_replaced: whether a file of the old folder, by its name, is left behind.
+        folder: the folder to replace; it need not exist.
+        is_replaced: whether a file of the old folder, by its name, is left behind. The others move into the new one.
     """
-    for entry in written.iterdir():
-        with open(entry, "rb") as file:
-            os.fsync(file.fileno())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{folder.name}.pst-saving-"
+    for entry in folder.parent.iterdir():
+        if entry.name.startswith(prefix):
+            _sweep(entry, folder)
+    workplace = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
+    try:
+        with FileLock(workplace / "lock"):
+            written = workplace / "new"
+            written.mkdir()
+            yield written
+            _replace(folder, written, is_replaced)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _sweep(workplace: Path, folder: Path) -> None:
+    """Remove a workplace whose process has died."""
+    try:
+        with FileLock(workplace / "lock", blocking=False):
+            pass
+    except Timeout:
+        return  # another process is saving
+    old = workplace / "old"
+    if old.exists() and not folder.exists():  # it died between two renames
+        os.rename(old, folder)
+    shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _replace(folder: Path, written: Path, is_replaced: Callable[[str], bool]) -> None:
+    for entry in written.rglob("*"):
+        if entry.is_file():
+            with open(entry, "rb") as file:
+                os.fsync(file.fileno())
     if not folder.exists():
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(written, 0o777 & ~umask)
         os.rename(written, folder)
         return
     shutil.copymode(folder, written)
@@ -49,14 +84,15 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Exchange the names of two folders, in one step where the system can (Linux)."""
+    """Exchange the names of two folders, in one step where the system can (Linux); elsewhere `b` is called `old`,
+    beside `a`, for a moment."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
         renameat2 = None
     if renameat2 is not None and not renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE):
         return
-    aside = a.with_name(a.name + ".old")
-    os.rename(b, aside)
+    old = a.with_name("old")
+    os.rename(b, old)
     os.rename(a, b)
-    os.rename(aside, a)
+    os.rename(old, a)

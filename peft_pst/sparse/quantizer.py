@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zlib
 from typing import Any
@@ -30,22 +31,33 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
     Args:
         weights: of each stored weight, by its module: codec, shape and dtype, and dtype and shape of its parts.
         checksums: of each tensor in the file, the CRC-32 of its bytes in each dtype that it may be loaded as.
+        digest: the CRC-32 of these two; None in a config that transformers writes when it saves an opened model.
         version: of the layout.
 
     Raises:
-        ValueError: if the layout is newer than this library.
+        ValueError: if the layout is newer than this library, or the digest is another.
     """
 
     def __init__(
-        self, weights: dict[str, dict], checksums: dict[str, dict[str, int]], version: int = VERSION, **kwargs: Any
+        self,
+        weights: dict[str, dict],
+        checksums: dict[str, dict[str, int]],
+        digest: int | None = None,
+        version: int = VERSION,
+        **kwargs: Any,
     ) -> None:
         if version > VERSION:
             raise ValueError(
                 f"The checkpoint has version {version} of the layout {QUANT_METHOD}, but this peft-pst reads up to "
                 f"{VERSION}: upgrade it with pip install -U peft-pst."
             )
+        if digest is not None and digest != digest_of(weights, checksums):
+            raise ValueError(
+                "The quantization_config in config.json is not the one that was saved: its digest is wrong, so the "
+                "file was damaged or edited. Download or save the checkpoint again."
+            )
         self.quant_method, self.version = QUANT_METHOD, version
-        self.weights, self.checksums = weights, checksums
+        self.weights, self.checksums, self.digest = weights, checksums, digest
 
 
 class SparseCheckpointQuantizer(HfQuantizer):
@@ -73,14 +85,19 @@ class SparseCheckpointQuantizer(HfQuantizer):
         state = dict(model.state_dict())
         for key, checksums in self.quantization_config.checksums.items():
             name = next((n for n in _spellings(model, key) if n in state), None)
-            tensor = state.get(name)
-            expected = None if tensor is None else checksums.get(_dtype_name(tensor))
-            if expected is not None and not tensor.is_meta and checksum(tensor) != expected:
+            if name is None or state[name].is_meta:
+                continue
+            tensor = state[name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if tensor.is_floating_point() and "float32" in checksums and dtype not in checksums:
+                continue  # a cast that no checksum foresees
+            if checksums.get(dtype) != checksum(tensor):
                 raise ValueError(
                     f"The tensor {key!r} is not the one that was saved: its checksum is wrong, so the file was "
                     "damaged on a disk or on the way. Download or save the checkpoint again."
                 )
-        self.quantization_config.checksums = {}  # a model that goes on changing has others
+        # a model that goes on changing has others
+        self.quantization_config.checksums, self.quantization_config.digest = {}, None
         warnings.warn(
             "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but "
             "is slow: peft_pst.densify(model) makes them dense.",
@@ -122,8 +139,9 @@ def checksums_of(tensor: Tensor) -> dict[str, int]:
     return {str(dtype).removeprefix("torch."): checksum(tensor.to(dtype)) for dtype in sorted(dtypes, key=str)}
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def digest_of(weights: dict[str, dict], checksums: dict[str, dict[str, int]]) -> int:
+    """The CRC-32 of what describes a checkpoint, as JSON without spaces and with sorted keys."""
+    return zlib.crc32(json.dumps([weights, checksums], sort_keys=True, separators=(",", ":")).encode())
 
 
 def _spellings(model: nn.Module, name: str) -> tuple[str, str, str]:

@@ -1,6 +1,9 @@
 import json
+import pickle
+import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,24 +148,93 @@ def test_rounded_values(values, tmp_path):
     assert sizes[1] < sizes[0]
 
 
+def state(model):
+    """The tensors of a model, those that are stored sparse as they are computed with."""
+    stored = {name: module.weight for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    return {**model.state_dict(), **stored}
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_damaged_file_is_an_error(tmp_path, dtype):
+@pytest.mark.parametrize("damage", ["flipped", "truncated"])
+def test_a_damaged_checkpoint_is_an_error(damage, dtype, tmp_path):
+    """At 200 places of all its bytes, the config and the index included."""
+    model = merged("bert")
+    save_pretrained(model, tmp_path, max_shard_size=50_000)
+    before = state(type(model).from_pretrained(tmp_path, dtype=dtype))
+    whole = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
+    rng, wrong = random.Random(0), 0
+    for file, place in rng.sample([(file, i) for file, content in whole.items() for i in range(len(content))], 200):
+        content = whole[file]
+        flipped = content[:place] + bytes([content[place] ^ 1 << rng.randrange(8)]) + content[place + 1 :]
+        file.write_bytes(flipped if damage == "flipped" else content[:place])
+        try:
+            again, info = type(model).from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+        except Exception as error:
+            assert len(str(error)) > 10
+            wrong += 1
+        else:  # a bit that a cast rounds away or that concerns no tensor; transformers names what it did not find
+            after = state(again)
+            right = all(torch.equal(after[name], before[name]) for name in before)
+            assert right or (file.name == "config.json" and info["missing_keys"])
+        file.write_bytes(content)
+    assert wrong > 100
+
+
+def test_a_damaged_description_is_an_error(tmp_path):
     model = merged("bert")
     save_pretrained(model, tmp_path)
-    file = tmp_path / "model.safetensors"
-    whole = file.read_bytes()
-    generator = torch.Generator().manual_seed(0)
-    before = logits(type(model).from_pretrained(tmp_path, dtype=dtype))
-    for position in torch.randint(len(whole), (20,), generator=generator).tolist():
-        damaged = bytearray(whole)
-        damaged[position] ^= 1 << int(torch.randint(8, (), generator=generator))
-        file.write_bytes(damaged)
-        try:
-            again = type(model).from_pretrained(tmp_path, dtype=dtype)
-        except Exception as error:
-            assert str(error)
-        else:  # a bit that a cast rounds away, or one in the header that means nothing
-            assert torch.equal(logits(again), before)
+    text = (tmp_path / "config.json").read_text()
+    for before, after in (("layer.1.output.dense", "layer.1.outpwt.dense"), ('"tiles"', '"tilep"')):
+        assert before in text
+        (tmp_path / "config.json").write_text(text.replace(before, after, 1))
+        with pytest.raises(ValueError, match=r"config.json is not the one that was saved: its digest is wrong"):
+            type(model).from_pretrained(tmp_path)
+
+
+def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
+    script = Path(__file__).with_name("save_and_die.py")
+    run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    *found, left = run.stdout.splitlines()
+    assert len(found) == 20 and set(found) == {"old", "new"}, found
+    assert left == "model"  # and the save after them removed what they left
+
+
+class Planted:
+    """What a pickle could do to whoever opens it."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_planted_pickle_is_not_opened(tmp_path):
+    model, touched = merged("bert"), tmp_path / "touched"
+    save_pretrained(model, tmp_path / "model")
+    planted = pickle.dumps(Planted(touched))
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.pkl"):
+        (tmp_path / "model" / name).write_bytes(planted)
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "model")), logits(model))
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(Exception, match="Unable to load weights|Weights only load failed"):
+        type(model).from_pretrained(tmp_path / "model")  # transformers reads tensors out of it and runs nothing
+    (tmp_path / "model" / "model.safetensors").write_bytes(planted)
+    with pytest.raises(Exception, match=r"(?i)header"):
+        type(model).from_pretrained(tmp_path / "model")
+    assert not touched.exists()
+    pickle.loads(planted).close()
+    assert touched.exists()  # the trap works
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_map(device_map, tmp_path):
+    model = merged("llama")
+    save_pretrained(model, tmp_path, max_shard_size=50_000)
+    again = type(model).from_pretrained(tmp_path, device_map=device_map)
+    assert any(isinstance(module, SparseLinear) for module in again.modules())
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_in_a_new_process(tmp_path):

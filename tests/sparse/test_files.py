@@ -1,8 +1,9 @@
 import ctypes
+import os
 
 import pytest
 
-from peft_pst.sparse.files import exchange, replace_folder
+from peft_pst.sparse.files import exchange, replacing
 
 
 def folder(path, **files):
@@ -29,20 +30,59 @@ def test_exchange(tmp_path, system):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a", "b"]
 
 
+def replace(path, is_replaced=lambda name: False, **files):
+    with replacing(path, is_replaced) as written:
+        for name, text in files.items():
+            (written / name).write_text(text)
+
+
 def test_a_new_folder(tmp_path):
-    replace_folder(tmp_path / "new", folder(tmp_path / "written", x="1"), lambda name: False)
-    assert content(tmp_path / "new") == {"x": "1"} and not (tmp_path / "written").exists()
+    replace(tmp_path / "a" / "new", x="1")
+    assert content(tmp_path / "a" / "new") == {"x": "1"} and os.listdir(tmp_path / "a") == ["new"]
+    plain = folder(tmp_path / "plain")
+    assert (tmp_path / "a" / "new").stat().st_mode == plain.stat().st_mode
 
 
 def test_what_is_not_replaced_stays(tmp_path, system):
     old = folder(tmp_path / "old", x="1", mine="2", weights="3")
-    replace_folder(old, folder(tmp_path / "written", x="new"), lambda name: name == "weights")
-    assert content(old) == {"x": "new", "mine": "2"}
+    replace(old, lambda name: name == "weights", x="new")
+    assert content(old) == {"x": "new", "mine": "2"} and os.listdir(tmp_path) == ["old"]
+
+
+def test_an_error_leaves_the_old_one(tmp_path):
+    old = folder(tmp_path / "old", x="1")
+    with pytest.raises(KeyError), replacing(old, lambda name: False) as written:
+        (written / "x").write_text("2")
+        raise KeyError
+    assert content(old) == {"x": "1"} and os.listdir(tmp_path) == ["old"]
 
 
 def test_a_folder_beside_it_is_not_copied(tmp_path):
     old = folder(tmp_path / "old", x="1")
     checkpoint = folder(old / "checkpoint-5", weights="large") / "weights"
     inode = checkpoint.stat().st_ino
-    replace_folder(old, folder(tmp_path / "written", x="2"), lambda name: False)
+    replace(old, x="2")
     assert checkpoint.read_text() == "large" and checkpoint.stat().st_ino == inode
+
+
+def test_what_a_dead_process_left_goes(tmp_path):
+    folder(tmp_path / ".a.pst-saving-dead", lock="", new="1")
+    folder(tmp_path / ".a.backup", mine="1")  # a folder of the user's
+    replace(tmp_path / "a", x="1")
+    assert sorted(os.listdir(tmp_path)) == [".a.backup", "a"]
+
+
+def test_what_a_living_process_writes_stays(tmp_path):
+    with replacing(tmp_path / "a", lambda name: False) as written:
+        (written / "x").write_text("slow")
+        replace(tmp_path / "a", x="fast")
+        assert content(tmp_path / "a") == {"x": "fast"}
+    assert content(tmp_path / "a") == {"x": "slow"} and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_process_that_died_between_two_renames(tmp_path):
+    """Where the system cannot exchange, the old folder lies in the workplace for a moment."""
+    workplace = folder(tmp_path / ".a.pst-saving-dead")
+    folder(workplace / "old", x="1", mine="2")
+    replace(tmp_path / "a", x="3")
+    assert content(tmp_path / "a") == {"x": "3", "mine": "2"} and os.listdir(tmp_path) == ["a"]
