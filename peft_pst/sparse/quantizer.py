@@ -83,10 +83,16 @@ class SparseCheckpointQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         state = dict(model.state_dict())
+        offloads = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # to another device's memory, or a disk
         for key, checksums in self.quantization_config.checksums.items():
             name = next((n for n in _spellings(model, key) if n in state), None)
-            if name is None or state[name].is_meta:
+            if name is None or (state[name].is_meta and offloads):
                 continue
+            if state[name].is_meta:
+                raise ValueError(
+                    f"The tensor {key!r} is not in the file that should hold it: the file was damaged on a disk or on "
+                    "the way. Download or save the checkpoint again."
+                )
             tensor = state[name]
             dtype = str(tensor.dtype).removeprefix("torch.")
             if tensor.is_floating_point() and "float32" in checksums and dtype not in checksums:

@@ -228,11 +228,18 @@ def test_a_planted_pickle_is_not_opened(tmp_path):
     assert touched.exists()  # the trap works
 
 
-@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+LAYERS = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+
+
+@pytest.mark.parametrize(
+    "device_map", ["auto", "cpu", {"": "cpu"}, {**LAYERS, "model.layers.0": "cpu", "model.layers.1": "disk"}]
+)
 def test_device_map(device_map, tmp_path):
     model = merged("llama")
     save_pretrained(model, tmp_path, max_shard_size=50_000)
-    again = type(model).from_pretrained(tmp_path, device_map=device_map)
+    again = type(model).from_pretrained(
+        tmp_path, device_map=device_map, offload_folder=tmp_path / "offload", offload_buffers=True
+    )
     assert any(isinstance(module, SparseLinear) for module in again.modules())
     assert torch.equal(logits(again), logits(model))
 
