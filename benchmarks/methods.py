@@ -49,7 +49,7 @@ def train(method: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, ar
     result = example.run(
         example.make_trainer(model, data, tokenizer, args, optimizers=(optimizer, None), callbacks=callbacks)
     )
-    zeros, _ = example.share_of_zeros(model.merge_and_unload(safe_merge=True), targets)
+    zeros = example.share_of_zeros(model.merge_and_unload(safe_merge=True), targets)
     return {**result, "zeros": zeros}
 
 

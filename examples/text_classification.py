@@ -6,8 +6,9 @@
 `--model` and `--dataset` take a hub id or a folder. What `datasets.load_dataset` opens will do, given a column of
 texts and one of labels, and a split for training and one for testing.
 
-It writes to `--output`: the adapter, the merged model with its tokenizer, the sparsity of each weight as a figure, and
-the results as a table and as JSON.
+It writes to `--output`: the adapter, the merged model with its tokenizer as transformers saves it (`merged`) and as a
+sparse checkpoint (`small`), the dense model, the sparsity of each weight as a figure, the results as a table and as
+JSON, and for `peft-pst report` and `peft-pst card` the test texts and the accuracy.
 """
 
 import argparse
@@ -35,7 +36,16 @@ from transformers import (
     set_seed,
 )
 
-from peft_pst import PSTConfig, create_pst_optimizer, format_table, plot_sparsity, tensor_sparsity
+from peft_pst import (
+    PSTConfig,
+    create_pst_optimizer,
+    densify,
+    format_table,
+    plot_sparsity,
+    report,
+    save_pretrained,
+    tensor_sparsity,
+)
 from peft_pst.integrations import PSTCallback
 
 
@@ -126,12 +136,10 @@ def megabytes(folder: Path) -> float:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e6
 
 
-def share_of_zeros(model: torch.nn.Module, names: list[str]) -> tuple[float, float]:
-    """The share of zeros in the weights of these modules, and in all parameters of the model."""
+def share_of_zeros(model: torch.nn.Module, names: list[str]) -> float:
+    """The share of zeros in the weights of these modules."""
     rows = tensor_sparsity(model, names)
-    parameters = list(model.parameters())
-    zeros = sum(p.numel() - int(torch.count_nonzero(p)) for p in parameters)
-    return sum(row.zeros for row in rows) / sum(row.numel for row in rows), zeros / sum(p.numel() for p in parameters)
+    return sum(row.zeros for row in rows) / sum(row.numel for row in rows)
 
 
 def run(trainer: Trainer) -> dict[str, float]:
@@ -145,13 +153,13 @@ def run(trainer: Trainer) -> dict[str, float]:
 
 
 def evaluate(args: argparse.Namespace, data: DatasetDict) -> None:
-    """The accuracy and the zeros of a merged model, opened by transformers alone."""
-    model = AutoModelForSequenceClassification.from_pretrained(args.evaluate)
+    """The accuracy and the zeros of a saved model, opened by transformers."""
+    model = densify(AutoModelForSequenceClassification.from_pretrained(args.evaluate))
     tokenizer = AutoTokenizer.from_pretrained(args.evaluate)
-    targets = json.loads((args.evaluate.parent / "targets.json").read_text())
     result = make_trainer(model, tokenize(data, tokenizer, args), tokenizer, args).evaluate()
-    zeros, zeros_of_model = share_of_zeros(model, targets)
-    print(json.dumps({"accuracy": result["eval_accuracy"], "targets": zeros, "model": zeros_of_model}))
+    targets = json.loads((args.evaluate.parent / "targets.json").read_text())
+    zeros, whole = share_of_zeros(model, targets), report(model).model.sparsity
+    print(json.dumps({"accuracy": result["eval_accuracy"], "targets": zeros, "model": whole}))
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: argparse.Namespace) -> DatasetDict:
@@ -190,37 +198,44 @@ def main() -> None:
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(args.output / "merged")
     tokenizer.save_pretrained(args.output / "merged")
+    save_pretrained(merged, args.output / "small", tokenizer=tokenizer)
     plot_sparsity(tensor_sparsity(merged, targets), args.output / "sparsity.png")
     (args.output / "targets.json").write_text(json.dumps(targets))
     shutil.rmtree(args.output / "checkpoints", ignore_errors=True)
 
     again = subprocess.run(
-        [sys.executable, __file__, *sys.argv[1:], "--evaluate", str(args.output / "merged")],
+        [sys.executable, __file__, *sys.argv[1:], "--evaluate", str(args.output / "small")],
         capture_output=True,
         text=True,
         check=True,
     )
     reloaded = json.loads(again.stdout.splitlines()[-1])
 
+    data["test"].to_csv(args.output / "test.csv", index=False)
+    measured = {
+        "task_type": "text-classification",
+        "dataset_type": args.dataset or "bbc-news",
+        "dataset_name": args.dataset or "BBC News, held out",
+        "metric_type": "accuracy",
+        "metric_value": reloaded["accuracy"],
+    }
+    (args.output / "evaluation.json").write_text(json.dumps([measured], indent=2))
+
     rows = [
         ("accuracy on held-out texts", f"{dense['accuracy']:.2%}", f"{pst['accuracy']:.2%}"),
-        ("the same, merged and reloaded in a new process", "", f"{reloaded['accuracy']:.2%}"),
+        ("the same, merged, saved, opened in a new process", "", f"{reloaded['accuracy']:.2%}"),
         ("zeros in the target weights", "0.00%", f"{reloaded['targets']:.2%}"),
         ("zeros in the whole model", "0.00%", f"{reloaded['model']:.2%}"),
         ("parameters trained", f"{dense['trained']:,}", f"{pst['trained']:,}"),
         ("their share of the model", "100.00%", f"{pst['trained'] / dense['total']:.2%}"),
         ("adapter on disk", "", f"{megabytes(args.output / 'adapter'):.1f} MB"),
-        (
-            "model on disk, zeros stored like any value",
-            f"{dense['megabytes']:.1f} MB",
-            f"{megabytes(args.output / 'merged'):.1f} MB",
-        ),
+        ("model on disk", f"{dense['megabytes']:.1f} MB", f"{megabytes(args.output / 'small'):.1f} MB"),
         ("training time", f"{dense['minutes']:.1f} min", f"{pst['minutes']:.1f} min"),
     ]
     table = format_table(("", "dense fine-tuning", f"PST, {args.sparsity:.0%} sparse"), rows)
     (args.output / "results.md").write_text(table + "\n")
     (args.output / "results.json").write_text(json.dumps({"dense": dense, "pst": pst, "reloaded": reloaded}, indent=2))
-    print(f"\nAdapter, merged model and figure are in {args.output}/\n\n{table}")
+    print(f"\nAdapter, models and figure are in {args.output}/\n\n{table}")
 
 
 if __name__ == "__main__":

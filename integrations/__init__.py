@@ -1,5 +1,7 @@
 """Where the ecosystem is met. Nothing in `peft_pst` imports from here."""
 
+from .cards import model_card
+from .hub import push_to_hub
 from .trainer import PSTCallback
 
-__all__ = ["PSTCallback"]
+__all__ = ["PSTCallback", "model_card", "push_to_hub"]

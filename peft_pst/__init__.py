@@ -10,7 +10,17 @@ from .layer import PSTLayer
 from .model import PSTModel
 from .optimizer import create_pst_optimizer
 from .registration import register
-from .report import TensorSparsity, format_table, plot_sparsity, tensor_sparsity
+from .report import (
+    Report,
+    TensorSparsity,
+    format_table,
+    plot_depth,
+    plot_masks,
+    plot_scores,
+    plot_sparsity,
+    report,
+    tensor_sparsity,
+)
 from .schedule import SparsityScheduler
 from .sparse.checkpoint import save_pretrained
 from .sparse.linear import SparseLinear
@@ -23,6 +33,7 @@ __all__ = [
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
+    "Report",
     "SparseLinear",
     "SparsityScheduler",
     "TensorSparsity",
@@ -30,7 +41,11 @@ __all__ = [
     "create_pst_optimizer",
     "densify",
     "format_table",
+    "plot_depth",
+    "plot_masks",
+    "plot_scores",
     "plot_sparsity",
+    "report",
     "save_pretrained",
     "tensor_sparsity",
 ]

@@ -61,10 +61,10 @@ class Linear(nn.Module, PSTLayer):
     def importance(self, adapter_name: str) -> Tensor:
         """What each entry of the weight is worth to an adapter now, [out, in]."""
         self.check_fingerprint(adapter_name)
-        method, weight, arguments = self._inputs(adapter_name)
+        method, weight, arguments = self.inputs(adapter_name)
         return method.weight_and_importance(weight, *arguments)[1]
 
-    def _inputs(self, adapter_name: str) -> tuple[Method, Tensor, tuple[Tensor, ...]]:
+    def inputs(self, adapter_name: str) -> tuple[Method, Tensor, tuple[Tensor, ...]]:
         """The method of an adapter, the frozen weight [out, in], and the arguments of the method."""
         weight = self._oriented(self.get_base_layer().weight)
         return Method.of(self.pst_config[adapter_name]), weight, self.arguments(adapter_name)
@@ -90,7 +90,7 @@ class Linear(nn.Module, PSTLayer):
             base_layer = self.get_base_layer()
             if safe_merge:
                 self._check_finite(adapter_name)
-            merged = self._masked_weight(adapter_name)
+            merged = self.masked_weight(adapter_name)
             self._dense_weight = base_layer.weight.data
             base_layer.weight.data = self._oriented(merged).to(base_layer.weight.dtype).contiguous()
             self.merged_adapters.append(adapter_name)
@@ -108,7 +108,7 @@ class Linear(nn.Module, PSTLayer):
     @torch.no_grad()
     def _check_finite(self, adapter_name: str) -> None:
         # the mask would hide what it prunes
-        method, weight, arguments = self._inputs(adapter_name)
+        method, weight, arguments = self.inputs(adapter_name)
         tensors = (*method.weight_and_importance(weight, *arguments), *arguments)
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise ValueError(
@@ -117,10 +117,10 @@ class Linear(nn.Module, PSTLayer):
             )
 
     @torch.no_grad()
-    def _masked_weight(self, adapter_name: str) -> Tensor:
+    def masked_weight(self, adapter_name: str) -> Tensor:
         """The masked weight, [out, in], in the dtype of the parameters."""
         self.check_fingerprint(adapter_name)
-        method, weight, arguments = self._inputs(adapter_name)
+        method, weight, arguments = self.inputs(adapter_name)
         updated, keep = method.weight_and_mask(self._mask(adapter_name), weight, *arguments)
         gates = method.importance.gates(keep.to(updated.dtype), None, *method.split(arguments)[1])
         return updated.mul_(gates).masked_fill_(~keep, 0)  # a product alone would leave -0.0
@@ -133,7 +133,7 @@ class Linear(nn.Module, PSTLayer):
         synchronisation, and versions, `train()`, `eval()` and training steps decide.
         """
         weight = self.get_base_layer().weight
-        method, _, arguments = self._inputs(adapter_name)
+        method, _, arguments = self.inputs(adapter_name)
         sources = [*arguments, self.pst_num_pruned[adapter_name]]
         if adapter_name in self.pst_mask:
             sources.append(self.pst_mask[adapter_name])
@@ -146,7 +146,7 @@ class Linear(nn.Module, PSTLayer):
             if weight.device.type != "cpu" or all(torch.equal(old, new) for old, new in same):
                 return last.weight
         samples = [sample.clone() for sample in samples]
-        masked = self._masked_weight(adapter_name).to(dtype)
+        masked = self.masked_weight(adapter_name).to(dtype)
         self._inference_weight = InferenceWeight(weight.detach(), samples, versions, masked)
         return masked
 
@@ -174,7 +174,7 @@ class Linear(nn.Module, PSTLayer):
             if self._trains(adapter_name):
                 self._inference_weight = None
                 self.check_fingerprint(adapter_name)
-                method, oriented, arguments = self._inputs(adapter_name)
+                method, oriented, arguments = self.inputs(adapter_name)
                 rows, mask = x.reshape(-1, self.in_features), self._mask(adapter_name)
                 seed = method.importance.draw_seed() if self.training else None
                 y = MaskedLinear.apply(rows, bias, mask, method, seed, oriented, *arguments)

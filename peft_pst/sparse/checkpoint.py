@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .files import replacing
 from .linear import PREFIX, SparseLinear
-from .quantizer import QUANT_METHOD, VERSION, checksums_of, digest_of
+from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of
 from .storage import Description, Values, encode
 
 INDEX = "model.safetensors.index.json"
@@ -62,6 +62,8 @@ def save_pretrained(
     """
     _check(model, format)
     with replacing(Path(folder).absolute(), _is_replaced) as written:
+        if format == "dense" or values != "exact":
+            model = densify(copy.deepcopy(model)) if _has_sparse_layers(model) else model
         if format == "dense":
             model.save_pretrained(written, max_shard_size=max_shard_size)
         else:
@@ -87,6 +89,10 @@ def _check(model: nn.Module, format: str) -> None:
             f"save_pretrained got a {type(model).__name__}: expected a model of transformers, whose config goes into "
             "the folder."
         )
+
+
+def _has_sparse_layers(model: PreTrainedModel) -> bool:
+    return any(isinstance(module, SparseLinear) for module in model.modules())
 
 
 def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size: int) -> None:

@@ -103,30 +103,50 @@ class TwoOfFour:
     def size(self, tensor: Tensor) -> int | None:
         if not tensor.ndim or tensor.shape[-1] % 8:
             return None
-        groups = (_flat_bits(tensor) != 0).reshape(-1, 4)
-        if (groups.sum(1) > 2).any():
+        pairs = _pairs_of_groups(tensor)
+        if not _FITS[pairs].all():
             return None
-        return len(groups) // 2 + 2 * len(groups) * tensor.element_size()
+        return len(pairs) + 4 * len(pairs) * tensor.element_size()
 
     def encode(self, tensor: Tensor) -> dict[str, Tensor]:
-        groups = _flat_bits(tensor).reshape(-1, 4)
-        # present entries first, both kinds in their own order; then the two chosen in order
-        chosen = np.sort(np.argsort(groups == 0, axis=1, kind="stable")[:, :2], axis=1)
-        nibbles = (chosen[:, 0] | chosen[:, 1] << 2).astype(np.uint8)
-        values = np.take_along_axis(groups, chosen, axis=1)
+        positions = _POSITIONS[_pairs_of_groups(tensor)]
         return {
-            "positions": torch.from_numpy(nibbles[0::2] | nibbles[1::2] << 4),
-            "values": _values(values.ravel(), tensor.dtype),
+            "positions": torch.from_numpy(positions),
+            "values": _values(_flat_bits(tensor)[_two_of_four(positions).ravel()], tensor.dtype),
         }
 
     def decode(self, parts: dict[str, Tensor], shape: torch.Size) -> Tensor:
-        packed, groups = parts["positions"].numpy(), shape.numel() // 4
-        _check(2 * len(packed) == groups, "its positions are not as many as its shape says")
-        nibbles = np.stack((packed & 15, packed >> 4), axis=1).ravel()
-        chosen = np.stack((nibbles & 3, nibbles >> 2), axis=1).astype(np.int64)
+        packed = parts["positions"].numpy()
+        _check(8 * len(packed) == shape.numel(), "its positions are not as many as its shape says")
+        chosen = _two_of_four(packed)
         _check(bool((chosen[:, 0] < chosen[:, 1]).all()), "two positions of a group are not in order")
-        return _scatter((chosen + 4 * np.arange(groups)[:, None]).ravel(), parts["values"], shape)
+        return _scatter(chosen.ravel(), parts["values"], shape)
 
+
+def _pairs_of_groups(tensor: Tensor) -> np.ndarray:
+    """Of each two groups of four, which entries are values, as a byte: the first entry is its lowest bit."""
+    return np.packbits(_flat_bits(tensor) != 0, bitorder="little")
+
+
+def _two_of_four(positions: np.ndarray) -> np.ndarray:
+    """The place in the tensor, in row-major order, of the two entries of each group, int64 [groups, 2]."""
+    nibbles = np.stack((positions & 15, positions >> 4), axis=1).ravel()
+    chosen = np.stack((nibbles & 3, nibbles >> 2), axis=1).astype(np.int64)
+    return chosen + 4 * np.arange(len(nibbles))[:, None]
+
+
+def _positions_of_group(mask: int) -> int | None:
+    """The positions of the two entries that stand for a group, a bit for each value in `mask`; None if it has more."""
+    if mask.bit_count() > 2:
+        return None
+    # the values first, then what fills up, both in order
+    first, second = sorted(sorted(range(4), key=lambda i: not mask >> i & 1)[:2])
+    return first | second << 2
+
+
+_GROUPS = [(_positions_of_group(pair & 15), _positions_of_group(pair >> 4)) for pair in range(256)]
+_FITS = np.array([None not in pair for pair in _GROUPS])
+_POSITIONS = np.array([(low or 0) | (high or 0) << 4 for low, high in _GROUPS], np.uint8)
 
 CODECS: dict[str, Codec] = {"2:4": TwoOfFour(), "bitmask": Bitmask(), "tiles": Tiles(), "dense": Dense()}
 

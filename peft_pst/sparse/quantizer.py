@@ -112,7 +112,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        return densify(model)
+        return _with_dense_layers(model)
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:
         """Whether transformers may save the model again: the parts are buffers like any other."""
@@ -125,7 +125,12 @@ class SparseCheckpointQuantizer(HfQuantizer):
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every `SparseLinear` of a model by the dense layer, in place."""
+    """Replace every `SparseLinear` of a model by the dense layer, in place: it is an ordinary model again."""
+    opened_sparse = isinstance(getattr(model, "hf_quantizer", None), SparseCheckpointQuantizer)
+    return model.dequantize() if opened_sparse else _with_dense_layers(model)
+
+
+def _with_dense_layers(model: nn.Module) -> nn.Module:
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             parent, _, child = name.rpartition(".")

@@ -65,6 +65,16 @@ def decode(description: Description, parts: dict[str, Tensor]) -> Tensor:
     return tensor.to(dtype)
 
 
+def sizes(tensor: Tensor) -> dict[str, int | None]:
+    """How many bytes a tensor takes in each codec with exact values, None where it does not fit, and in the smallest
+    with values as int8."""
+    narrow = _narrowest(tensor.detach().cpu())
+    return {
+        **{name: codec.size(narrow) for name, codec in CODECS.items()},
+        "int8": sum(part.numel() * part.element_size() for part in encode(tensor, "int8")[1].values()),
+    }
+
+
 def _narrowest(tensor: Tensor) -> Tensor:
     if tensor.dtype not in (torch.float32, torch.float64):
         return tensor

@@ -63,6 +63,7 @@ def test_opens_like_any_model(model_type, dtype, tmp_path):
     expected = logits(type(model).from_pretrained(tmp_path / "dense", dtype=dtype))
     assert torch.equal(logits(again), expected)
     dense = densify(again)
+    assert not dense.is_quantized and not hasattr(dense.config, "quantization_config")  # as the Trainer asks
     assert not any(isinstance(module, SparseLinear) for module in dense.modules())
     assert torch.equal(logits(dense), expected)
 
@@ -102,6 +103,27 @@ def test_a_model_that_was_opened_can_be_saved_again(tmp_path):
     again.save_pretrained(tmp_path / "theirs")
     for folder in ("ours", "theirs"):
         assert torch.equal(logits(type(model).from_pretrained(tmp_path / folder)), logits(model))
+
+
+@pytest.mark.parametrize("opened", [True, False])
+def test_a_sparse_model_is_saved_dense_or_rounded_on_request(opened, tmp_path):
+    model = merged("bert")
+    expected = logits(model)
+    save_pretrained(model, tmp_path / "sparse")
+    save_pretrained(model, tmp_path / "int8", values="int8")
+    if opened:
+        sparse = type(model).from_pretrained(tmp_path / "sparse")
+    else:
+        sparse = model
+        for layer in sparse.bert.encoder.layer:
+            layer.output.dense = SparseLinear.from_linear(layer.output.dense)
+    save_pretrained(sparse, tmp_path / "dense", format="dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path / "dense")), expected)
+    save_pretrained(sparse, tmp_path / "again", values="int8")
+    again, direct = (load_file(tmp_path / folder / "model.safetensors") for folder in ("again", "int8"))
+    assert again.keys() == direct.keys() and all(torch.equal(again[key], direct[key]) for key in direct)
+    assert any(isinstance(module, SparseLinear) for module in sparse.modules())  # it stays as it is
 
 
 def test_the_file_is_smaller(tmp_path):

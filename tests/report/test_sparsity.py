@@ -3,7 +3,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from peft_pst import PSTConfig, format_table, plot_sparsity, tensor_sparsity
+from peft_pst import PSTConfig, save_pretrained, tensor_sparsity
+from peft_pst.report import layer_type
 
 
 def test_counts_what_is_pruned_merged_or_not(bert):
@@ -30,20 +31,15 @@ def test_a_disabled_adapter_prunes_nothing(bert):
         assert {row.sparsity for row in tensor_sparsity(model)} == {0}
 
 
-def test_table():
-    table = format_table(("a", "long header"), [("x", 1), ("yy", 22)])
-    assert table.splitlines() == [
-        "| a  | long header |",
-        "|----|-------------|",
-        "| x  | 1           |",
-        "| yy | 22          |",
-    ]
+def test_one_that_was_opened_sparse(bert, tmp_path):
+    merged = get_peft_model(bert(), PSTConfig(initial_sparsity=0.5)).merge_and_unload()
+    save_pretrained(merged, tmp_path)
+    with pytest.warns(UserWarning, match="stay compressed"):
+        opened = type(merged).from_pretrained(tmp_path)
+    assert tensor_sparsity(opened) == tensor_sparsity(merged)
 
 
-def test_figure(tmp_path, bert):
-    pytest.importorskip("matplotlib", reason="the figure needs the extra peft-pst[plot]")
-    model = get_peft_model(bert(), PSTConfig(initial_sparsity=0.5))
-    path = tmp_path / "new" / "sparsity.png"
-    axes = plot_sparsity(tensor_sparsity(model), path).axes[0]
-    assert [bar.get_width() for bar in axes.patches] == [50] * 12
-    assert path.read_bytes().startswith(b"\x89PNG") and [p.name for p in path.parent.iterdir()] == ["sparsity.png"]
+def test_layer_types():
+    assert layer_type("bert.encoder.layer.11.attention.self.query") == "attention.self.query"
+    assert layer_type("base_model.model.model.layers.0.mlp.experts.3.up_proj") == "up_proj"
+    assert layer_type("bert.pooler.dense") == "bert.pooler.dense"

@@ -1,0 +1,66 @@
+"""open_model: the model in a folder, whatever kind of folder it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""What opens the base model of an adapter with that `task_type`; without one it is AutoModel."""
+
+
+def open_model(folder: str | os.PathLike, base: str | os.PathLike | None = None) -> PreTrainedModel | PeftModel:
+    """Open a saved model, dense or sparse, by the class that its config names, or an adapter on its base model.
+
+    Args:
+        folder: holds `config.json`, or `adapter_config.json`.
+        base: the folder or the Hub's name of an adapter's base model. By default what the adapter says.
+
+    Raises:
+        ValueError: if it holds neither, or names a class that transformers does not have.
+    """
+    folder = Path(folder)
+    if (folder / "adapter_config.json").is_file():
+        return _open_adapter(folder, base)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{str(folder)!r} holds neither config.json nor adapter_config.json: expected the folder of a saved model "
+            "or adapter."
+        )
+    names = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None]
+    model_class = getattr(transformers, names[0] or "", None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        raise ValueError(
+            f"config.json in {str(folder)!r} names the architecture {names[0]!r}, which transformers "
+            f"{transformers.__version__} does not have: open the model in Python, with its own class."
+        )
+    return model_class.from_pretrained(folder, dtype="auto").eval()
+
+
+def _open_adapter(folder: Path, base: str | os.PathLike | None) -> PeftModel:
+    config = PeftConfig.from_pretrained(str(folder))
+    auto_class = getattr(transformers, TASKS.get(config.task_type, "AutoModel"))
+    head = {}
+    if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
+        head = {"num_labels": _num_labels(folder), "ignore_mismatched_sizes": True}  # the adapter brings the head
+    model = auto_class.from_pretrained(base or config.base_model_name_or_path, dtype="auto", **head)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def _num_labels(folder: Path) -> int:
+    """The number of classes of the head that was trained with an adapter."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        heads = [key for key in file.keys() if ".pst_" not in key and key.endswith(".weight")]  # noqa: SIM118
+        return file.get_slice(heads[-1]).get_shape()[0]

@@ -1,0 +1,93 @@
+"""Which weights of a model count, and how many of their entries are zero."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..layer import PSTLayer
+from ..model import is_plain_linear
+from ..sparse.linear import SparseLinear
+
+
+class TensorSparsity(NamedTuple):
+    """How many of a weight's entries are zero."""
+
+    name: str
+    numel: int
+    zeros: int
+
+    @property
+    def sparsity(self) -> float:
+        """The share of zeros."""
+        return self.zeros / self.numel
+
+
+def tensor_sparsity(model: nn.Module, names: Iterable[str] | None = None) -> list[TensorSparsity]:
+    """The sparsity of weights, in the order of the model.
+
+    Args:
+        model: a model with PST layers, merged or not, one opened from a sparse checkpoint, or any other.
+        names: the names of the modules whose weights count. By default the PST targets; in a model without PST
+            layers all linear layers.
+
+    Returns:
+        One row a weight. What an adapter prunes but has not merged counts as zeros.
+    """
+    modules = dict(model.named_modules())
+    return [_row(name, modules[name]) for name in names or weight_names(model)]
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """The modules whose weights are the PST targets; in a model without PST layers all linear layers."""
+    modules = dict(model.named_modules())
+    targets = [name for name, module in modules.items() if isinstance(module, PSTLayer)]
+    linear = [name for name, module in modules.items() if isinstance(module, SparseLinear) or is_plain_linear(module)]
+    return targets or linear
+
+
+def effective_weight(module: nn.Module) -> Tensor:
+    """The weight that a layer computes with, [out, in]: what an adapter prunes is zero."""
+    if _prunes(module):
+        return module.masked_weight(module.active_pst_adapter)
+    base = module.get_base_layer() if isinstance(module, PSTLayer) else module
+    transposed = isinstance(base, Conv1D) or (isinstance(base, SparseLinear) and base.conv1d)
+    return base.weight.detach().T if transposed else base.weight.detach()
+
+
+def layer_type(name: str) -> str:
+    """The name of a module inside its block: `encoder.layer.3.output.dense` is of type `output.dense`."""
+    return re.sub(r"^.*\.\d+\.", "", name)
+
+
+def _row(name: str, module: nn.Module) -> TensorSparsity:
+    if _prunes(module):
+        return TensorSparsity(name, module.shape.numel(), module.num_pruned)
+    weight = module.weight
+    return TensorSparsity(name, weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
+
+
+def _prunes(module: nn.Module) -> bool:
+    """Whether a layer has an adapter that acts now and is not merged."""
+    active = isinstance(module, PSTLayer) and module.active_pst_adapter is not None
+    return active and not module.merged and not module.disable_adapters
+
+
+def remaining_parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    """The parameters of a model beside the weights of these modules, as it is without an adapter; tied ones once."""
+    counted = {id(p) for name in names for p in _weights(model.get_submodule(name))}
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in counted and ".pst_" not in name and ".modules_to_save." not in name
+    ]
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    base = module.get_base_layer() if isinstance(module, PSTLayer) else module
+    return [] if isinstance(base, SparseLinear) else [base.weight]

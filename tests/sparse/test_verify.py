@@ -1,0 +1,84 @@
+import json
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+from peft_pst import PSTConfig, save_pretrained
+from peft_pst.sparse.verify import verify
+
+
+@pytest.fixture
+def folder(bert, tmp_path):
+    merged = get_peft_model(bert(), PSTConfig(initial_sparsity=0.9)).merge_and_unload()
+    for format in ("auto", "dense"):
+        save_pretrained(merged, tmp_path / format, format, max_shard_size=40_000)
+    return tmp_path / "auto"
+
+
+def problems(found):
+    return {name: what for name, what in found.items() if what}
+
+
+def change(folder, key, change):
+    file = next(file for file in folder.glob("*.safetensors") if key in load_file(file))
+    tensors = load_file(file)
+    change(tensors, key)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def flip(tensors, key):
+    flat = tensors[key].view(torch.uint8).flatten()
+    flat[flat.numel() // 2] ^= 1
+
+
+def test_a_whole_one(folder):
+    found = verify(folder)
+    assert not problems(found) and found == verify(folder, folder.parent / "dense")
+    assert len(found) == len(
+        json.loads((folder.parent / "dense" / "model.safetensors.index.json").read_text())["weight_map"]
+    )
+
+
+@pytest.mark.parametrize("part", ["values", "indices"])
+def test_a_damaged_part(folder, part):
+    change(folder, f"bert.encoder.layer.0.output.dense.weight_{part}", flip)
+    wrong = problems(verify(folder))
+    assert list(wrong) == ["bert.encoder.layer.0.output.dense.weight"]
+    assert f"weight_{part} is wrong" in wrong["bert.encoder.layer.0.output.dense.weight"][0]
+
+
+def test_a_damaged_tensor_that_is_stored_as_it_is(folder):
+    change(folder, "bert.embeddings.word_embeddings.weight", flip)
+    assert list(problems(verify(folder))) == ["bert.embeddings.word_embeddings.weight"]
+
+
+def test_a_missing_tensor(folder):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"]["classifier.bias"], index["weight_map"]["bert.encoder.layer.1.output.dense.weight_values"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert problems(verify(folder)) == {
+        "classifier.bias": ["missing"],
+        "bert.encoder.layer.1.output.dense.weight": ["values is missing"],
+    }
+
+
+def test_against_another(folder):
+    dense = folder.parent / "dense"
+    change(dense, "bert.encoder.layer.0.output.dense.weight", flip)
+    change(dense, "bert.pooler.dense.bias", lambda tensors, key: tensors.update(extra=tensors[key].clone()))
+    index = json.loads((dense / "model.safetensors.index.json").read_text())
+    index["weight_map"]["extra"] = index["weight_map"]["bert.pooler.dense.bias"]
+    del index["weight_map"]["classifier.bias"]
+    (dense / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert problems(verify(folder, dense)) == {
+        "bert.encoder.layer.0.output.dense.weight": [f"not the same as in {dense}"],
+        "extra": [f"only in {dense}"],
+        "classifier.bias": [f"not in {dense}"],
+    }
+
+
+def test_what_is_no_sparse_checkpoint(folder):
+    with pytest.raises(ValueError, match=r"holds no sparse checkpoint: write one with peft_pst.save_pretrained\(\)"):
+        verify(folder.parent / "dense")
