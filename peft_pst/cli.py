@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
@@ -179,10 +179,51 @@ def card(
     _say(f"The card is {folder / 'README.md'}")
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder with config.json, or the model's name on the Hub.")],
+    sparsity: Annotated[float, typer.Option(help="Share of the target weights that PST prunes.")] = 0.9,
+    batch_size: Annotated[int, typer.Option(help="Sequences a device and step.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 512,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    device: Annotated[Literal["cpu", "cuda"], typer.Option(help="What trains.")] = "cuda",
+    devices: Annotated[int, typer.Option(help="How many of them.")] = 1,
+    sharding: Annotated[
+        Literal["none", "zero-1", "zero-2", "zero-3", "fsdp"], typer.Option(help="What the devices share.")
+    ] = "none",
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute each block again in backward.")
+    ] = False,
+    json_file: Json = None,
+) -> None:
+    """What training a model will need, by PST, LoRA and in full: from its config alone, without its weights.
+
+    Example: `peft-pst plan outputs/merged --batch-size 16 --tokens 64 --device cpu`
+    """
+    from . import PSTConfig, format_table
+    from .plan import plan as make_plan
+    from .plan import plan_rows
+
+    found = make_plan(
+        AutoConfig.from_pretrained(model),
+        PSTConfig(sparsity=sparsity),
+        batch_size=batch_size,
+        tokens=tokens,
+        dtype=dtype,
+        device=device,
+        devices=devices,
+        sharding=sharding,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    _show(format_table(*plan_rows(found)))
+    _write_json(json_file, found.to_dict())
+
+
 def main() -> None:
     """Run the command. What a user can mend is said in one line; anything else is a traceback."""
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="The model's sparse weights stay compressed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:

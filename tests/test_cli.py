@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_pst import PSTConfig, cli, tensor_sparsity
@@ -99,6 +100,20 @@ def test_card(folders, run, tmp_path):
     assert code == 0 and "import peft_pst" in text and "base_model: a/base" in text and "0.875" in text
 
 
+def test_plan(folders, run, tmp_path):
+    (folders / "base" / "model.safetensors").unlink()  # the config is enough
+    arguments = ("--sparsity", "0.95", "--batch-size", "2", "--tokens", "16", "--device", "cpu")
+    code, printed = run("plan", folders / "base", *arguments, "--json", tmp_path / "plan.json")
+    assert code == 0 and "| model file, 95% sparse" in printed
+    found = json.loads((tmp_path / "plan.json").read_text())
+    adapter = load_file(folders / "adapter" / "adapter_model.safetensors")
+    factors = sum(tensor.numel() for name, tensor in adapter.items() if tensor.is_floating_point() and "pst" in name)
+    head = 2 * 32 + 2
+    assert found["trainings"][0]["trainable"] == factors + head
+    code, printed = run("plan", folders / "base", "--batch-size", "0")
+    assert code == 1 and printed.startswith("Error: batch_size=0")
+
+
 def test_what_a_user_can_mend_is_one_line(folders, run, tmp_path):
     code, printed = run("save", folders / "adapter", tmp_path / "small")
     assert code == 1 and printed.startswith("Error: ") and "merge it with peft-pst merge" in " ".join(printed.split())
@@ -114,7 +129,7 @@ def test_what_a_user_can_mend_is_one_line(folders, run, tmp_path):
     assert code == 1 and "['sport'], but the model knows ['LABEL_0', 'LABEL_1']" in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("command", ["report", "merge", "save", "verify", "push", "card"])
+@pytest.mark.parametrize("command", ["report", "merge", "save", "verify", "push", "card", "plan"])
 def test_help_shows_an_example(command, run):
     code, printed = run(command, "--help")
     assert code == 0 and f"peft-pst {command} " in printed.split("Example:")[1]
@@ -123,4 +138,4 @@ def test_help_shows_an_example(command, run):
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("peft-pst")
     found = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(name in found for name in ("report", "merge", "save", "verify", "push", "card"))
+    assert all(name in found for name in ("report", "merge", "save", "verify", "push", "card", "plan"))

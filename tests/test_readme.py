@@ -1,6 +1,7 @@
 """The README as a user walks it."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_blocks_run_one_after_the_other(local_hub):
+def test_the_python_blocks_run_one_after_the_other_and_then_the_commands(local_hub):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     script = local_hub / "readme.py"
@@ -17,6 +18,18 @@ def test_the_python_blocks_run_one_after_the_other(local_hub):
     result = subprocess.run([sys.executable, script], cwd=local_hub, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "'sparsity'" in result.stdout + result.stderr
+
+    section = README.split("## The command")[1].split("\n## ")[0]
+    commands = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
+    assert len(commands) == 7
+    for command in commands:
+        if not command.startswith(
+            "peft-pst push"
+        ):  # it would go to the real Hub; tests/integrations/test_hub.py pushes
+            name, *arguments = shlex.split(command)
+            run = [Path(sys.executable).with_name(name), *arguments]
+            result = subprocess.run(run, cwd=local_hub, capture_output=True, text=True)
+            assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_every_command_is_a_target_or_a_script():

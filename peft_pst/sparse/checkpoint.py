@@ -57,7 +57,7 @@ def save_pretrained(
             Bytes of a file, after which the next one begins.
 
     Raises:
-        TypeError: if it is no model of transformers.
+        TypeError: if it is no model of transformers, or its weights are quantized or distributed.
         ValueError: if an adapter is not merged yet, or the format is unknown.
     """
     _check(model, format)
@@ -89,6 +89,14 @@ def _check(model: nn.Module, format: str) -> None:
             f"save_pretrained got a {type(model).__name__}: expected a model of transformers, whose config goes into "
             "the folder."
         )
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            weight = module.weight.data
+            if type(weight) is not Tensor or not weight.is_floating_point():
+                raise TypeError(
+                    f"The weight of {name!r} is a {type(weight).__name__} of {weight.dtype}: expected a plain tensor "
+                    "of floating-point numbers. Gather a distributed model, or dequantize() a quantized one, before."
+                )
 
 
 def _has_sparse_layers(model: PreTrainedModel) -> bool:
@@ -152,7 +160,7 @@ def _parts(
         entry["parts"][own.removeprefix(PREFIX)] = _part(tensor)
     elif isinstance(module, (nn.Linear, Conv1D)) and own == "weight":
         description, parts = encode(tensor, values)
-        if description.codec != "dense":
+        if description.codec != "dense" or (values == "exact" and _bytes(parts["values"]) < _bytes(tensor)):
             weights[path] = {**_described(description), "parts": {k: _part(part) for k, part in parts.items()}}
             return {f"{path}.{PREFIX}{key}": part for key, part in parts.items()}
     return {name: tensor}

@@ -66,8 +66,8 @@ def decode(description: Description, parts: dict[str, Tensor]) -> Tensor:
 
 
 def sizes(tensor: Tensor) -> dict[str, int | None]:
-    """How many bytes a tensor takes in each codec with exact values, None where it does not fit, and in the smallest
-    with values as int8."""
+    """How many bytes a tensor takes in each codec with exact values, in the smallest dtype that holds them; None where
+    it does not fit; and under `int8` in the smallest codec with values of that kind."""
     narrow = _narrowest(tensor.detach().cpu())
     return {
         **{name: codec.size(narrow) for name, codec in CODECS.items()},

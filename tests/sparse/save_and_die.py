@@ -1,4 +1,7 @@
-"""Saves a model in processes that are killed at 20 moments, and prints after each which model the folder holds.
+"""Saves a model in processes that are killed, and prints after each which model the folder holds.
+
+20 are killed at moments spread over the time that a save takes, 20 before operations on files spread over those of a
+save, so that the short time in which the folders change places is met too.
 
 Forks, since importing torch takes longer than a save; so nothing here may start a thread before a fork.
 """
@@ -52,9 +55,25 @@ def which(folder, models):
     print(*equal, flush=True)
 
 
+def killed_before(operation, counter, save):
+    """Save, and die before the n-th operation on files (of all, if there are fewer); count them in a file."""
+    count = 0
+
+    def hook(event, arguments):
+        nonlocal count
+        if event == "open" or event.startswith(("os.", "shutil.", "ctypes.")):
+            count += 1
+            if count == operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    save()
+    counter.write_text(str(count))
+
+
 def main():
     torch.set_num_threads(1)
-    folder = Path(sys.argv[1]) / "model"
+    folder, counter = Path(sys.argv[1]) / "new" / "model", Path(sys.argv[1]) / "counter"
     models = {"old": make(0), "new": make(1)}
 
     def save(name):
@@ -70,6 +89,14 @@ def main():
         time.sleep(duration * (moment + 0.5) / MOMENTS)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
+        finish(lambda: which(folder, models))
+    finish(lambda: killed_before(None, counter, lambda: save("new")))
+    operations = int(counter.read_text())
+    for moment in range(MOMENTS):
+        finish(lambda: save("old"))
+        operation = 1 + round(moment * (operations - 1) / (MOMENTS - 1))
+        _, status = os.waitpid(forked(lambda n=operation: killed_before(n, counter, lambda: save("new"))), 0)
+        assert os.WTERMSIG(status) == signal.SIGKILL
         finish(lambda: which(folder, models))
     finish(lambda: save("new"))
     print(*os.listdir(folder.parent))

@@ -68,7 +68,7 @@ def test_opens_like_any_model(model_type, dtype, tmp_path):
     assert torch.equal(logits(dense), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_opens_in_another_dtype(dtype, tmp_path):
     model = merged("bert")
     save_pretrained(model, tmp_path)
@@ -218,7 +218,7 @@ def test_a_killed_save_leaves_the_old_model_or_the_new_one(tmp_path):
     run = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     *found, left = run.stdout.splitlines()
-    assert len(found) == 20 and set(found) == {"old", "new"}, found
+    assert len(found) == 40 and set(found) == {"old", "new"}, found
     assert left == "model"  # and the save after them removed what they left
 
 
@@ -283,6 +283,11 @@ def test_what_cannot_be_saved(bert, tmp_path):
         save_pretrained(get_peft_model(bert(), PSTConfig()), tmp_path)
     with pytest.raises(TypeError, match="save_pretrained got a Linear: expected a model of transformers"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    quantized = bert()
+    layer = quantized.bert.encoder.layer[0].output.dense
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match="of 'bert.encoder.layer.0.output.dense' is a Tensor of torch.uint8: expected"):
+        save_pretrained(quantized, tmp_path)
     with pytest.raises(ValueError, match="format='zip' is unknown: expected 'auto' or 'dense'"):
         save_pretrained(bert(), tmp_path, format="zip")
 
