@@ -217,7 +217,7 @@ def main() -> None:
         "dataset_type": args.dataset or "bbc-news",
         "dataset_name": args.dataset or "BBC News, held out",
         "metric_type": "accuracy",
-        "metric_value": reloaded["accuracy"],
+        "metric_value": round(reloaded["accuracy"], 4),
     }
     (args.output / "evaluation.json").write_text(json.dumps([measured], indent=2))
 

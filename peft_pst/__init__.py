@@ -8,7 +8,9 @@ from .calibration import calibrate
 from .config import PSTConfig
 from .layer import PSTLayer
 from .model import PSTModel
+from .opening import open_model
 from .optimizer import create_pst_optimizer
+from .plan import plan
 from .registration import register
 from .report import (
     Report,
@@ -26,6 +28,7 @@ from .sparse.checkpoint import save_pretrained
 from .sparse.linear import SparseLinear
 from .sparse.quantizer import densify
 from .sparse.quantizer import register as register_checkpoint
+from .sparse.verify import verify
 
 __version__ = "0.1.0"
 
@@ -41,6 +44,8 @@ __all__ = [
     "create_pst_optimizer",
     "densify",
     "format_table",
+    "open_model",
+    "plan",
     "plot_depth",
     "plot_masks",
     "plot_scores",
@@ -48,6 +53,7 @@ __all__ = [
     "report",
     "save_pretrained",
     "tensor_sparsity",
+    "verify",
 ]
 
 register()

@@ -56,7 +56,7 @@ def fidelity(model: nn.Module, dense: nn.Module, tokenizer: PreTrainedTokenizerB
         ValueError: if the two do not predict the same number of classes.
     """
     predictions, agreeing, divergence = 0, 0, 0.0
-    ours, theirs = logits(model, tokenizer, texts), logits(dense, tokenizer, texts)
+    ours, theirs = logits(model, tokenizer, texts, "fidelity"), logits(dense, tokenizer, texts)
     for own, expected in zip(ours, theirs, strict=True):
         if own.shape != expected.shape:
             raise ValueError(
@@ -90,13 +90,16 @@ def without_words(text: str, rng: random.Random) -> str:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[Tensor]:
-    """The predictions for texts, batch by batch, in fp32: [texts, classes], or [tokens, vocabulary]."""
+def logits(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], task: str | None = None
+) -> Iterator[Tensor]:
+    """The predictions for texts, batch by batch, in fp32: [texts, classes], or [tokens, vocabulary]; for a `task` with
+    a progress bar."""
     model.eval()
     pads = tokenizer.pad_token is not None
     size = BATCH_SIZE if pads else 1
     device = next(model.parameters()).device
-    for start in tqdm(range(0, len(texts), size), desc="predicting", disable=len(texts) < 10 * size):
+    for start in tqdm(range(0, len(texts), size), desc=task, disable=task is None):
         batch = tokenizer(
             list(texts[start : start + size]),
             padding=pads,
@@ -112,7 +115,7 @@ def logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence
 def _accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int]
 ) -> float:
-    classes = torch.cat([found.argmax(-1) for found in logits(model, tokenizer, texts)])
+    classes = torch.cat([found.argmax(-1) for found in logits(model, tokenizer, texts, "accuracy")])
     return float((classes.cpu() == torch.tensor(labels)).float().mean())
 
 

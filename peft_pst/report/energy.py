@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -42,11 +43,12 @@ def measured(
         return None
     from codecarbon import OfflineEmissionsTracker
 
+    logging.getLogger("codecarbon").setLevel(logging.ERROR)  # it speaks before it heeds log_level
     tracker = OfflineEmissionsTracker(
         country_iso_code=country, save_to_file=False, log_level="error", allow_multiple_runs=True
     )
     tracker.start()
-    for _ in logits(model, tokenizer, texts):
+    for _ in logits(model, tokenizer, texts, "energy"):
         pass
     tracker.stop()
     found = tracker.final_emissions_data

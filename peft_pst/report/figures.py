@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def plot_depth(rows: Sequence[TensorSparsity], path: str | os.PathLike) -> Figur
             profiles[layer_type(row.name)].append(100 * row.sparsity)
     for name, profile in profiles.items():
         axes.plot(range(len(profile)), profile, marker="o", label=name)
-    axes.set(xlabel="block", ylabel="zeros in the weight (%)", title="Sparsity over depth")
+    axes.set(ylim=(0, 100), xlabel="block", ylabel="zeros in the weight (%)", title="Sparsity over depth")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _written(figure, path)
@@ -150,7 +149,7 @@ def _figure(width: float, height: float) -> Figure:
 def _written(figure: Figure, path: str | os.PathLike) -> Figure:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=path.suffix, delete=False) as file:
-        figure.savefig(file, format=path.suffix[1:])
-    os.replace(file.name, path)
+    written = path.with_name(f".{os.getpid()}.{path.name}")
+    figure.savefig(written, format=path.suffix[1:])
+    os.replace(written, path)
     return figure
