@@ -9,16 +9,24 @@ from pathlib import Path
 import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
-TASKS = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
 }
-"""What opens the base model of an adapter with that `task_type`; without one it is AutoModel."""
+"""The class of the model for each of PEFT's task types whose models have a loss."""
 
 
 def open_model(folder: str | os.PathLike, base: str | os.PathLike | None = None) -> PreTrainedModel | PeftModel:
@@ -51,7 +59,7 @@ def open_model(folder: str | os.PathLike, base: str | os.PathLike | None = None)
 
 def _open_adapter(folder: Path, base: str | os.PathLike | None) -> PeftModel:
     config = PeftConfig.from_pretrained(str(folder))
-    auto_class = getattr(transformers, TASKS.get(config.task_type, "AutoModel"))
+    auto_class = AUTO_CLASSES.get(config.task_type, AutoModel)
     head = {}
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         head = {"num_labels": _num_labels(folder), "ignore_mismatched_sizes": True}  # the adapter brings the head
