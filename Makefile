@@ -27,7 +27,7 @@ bench: .venv/.done
 
 .venv/.done: constraints.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev]"
+	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev]" gguf
 	touch $@
 
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
