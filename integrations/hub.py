@@ -173,7 +173,7 @@ def _opened(folder: Path) -> PreTrainedModel:
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"The adapter in {folder} has no card, and without its base model none can be made: give the PeftModel "
-            "instead of the folder, or write README.md yourself."
+            f"instead of the folder, or make the card before, with peft-pst card {folder} OWNER/NAME."
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that it would be slow to use

@@ -100,6 +100,14 @@ def test_card(folders, run, tmp_path):
     assert code == 0 and "import peft_pst" in text and "base_model: a/base" in text and "0.875" in text
 
 
+def test_the_card_of_an_adapter_takes_the_place_of_the_empty_one(folders, run):
+    code, printed = run("card", folders / "adapter", "me/words", "--base-model", "a/base")
+    text = (folders / "adapter" / "README.md").read_text()
+    assert code == 0 and 'PeftModel.from_pretrained(base, "me/words")' in text and "num_labels=3" in text
+    code, printed = run("card", folders / "adapter", "me/words")
+    assert code == 1 and "give base_model='owner/name'" in " ".join(printed.split())
+
+
 def test_plan(folders, run, tmp_path):
     (folders / "base" / "model.safetensors").unlink()  # the config is enough
     arguments = ("--sparsity", "0.95", "--batch-size", "2", "--tokens", "16", "--device", "cpu")
