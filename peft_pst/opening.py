@@ -37,7 +37,8 @@ def open_model(folder: str | os.PathLike, base: str | os.PathLike | None = None)
         base: the folder or the Hub's name of an adapter's base model. By default what the adapter says.
 
     Raises:
-        ValueError: if it holds neither, or names a class that transformers does not have.
+        ValueError: if it holds neither, is an adapter that does not name its base model, or names a class that
+            transformers does not have.
     """
     folder = Path(folder)
     if (folder / "adapter_config.json").is_file():
@@ -59,11 +60,14 @@ def open_model(folder: str | os.PathLike, base: str | os.PathLike | None = None)
 
 def _open_adapter(folder: Path, base: str | os.PathLike | None) -> PeftModel:
     config = PeftConfig.from_pretrained(str(folder))
+    base = base or config.base_model_name_or_path
+    if base is None:
+        raise ValueError(f"The adapter in {str(folder)!r} does not name its base model: give it as base.")
     auto_class = AUTO_CLASSES.get(config.task_type, AutoModel)
     head = {}
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
         head = {"num_labels": _num_labels(folder), "ignore_mismatched_sizes": True}  # the adapter brings the head
-    model = auto_class.from_pretrained(base or config.base_model_name_or_path, dtype="auto", **head)
+    model = auto_class.from_pretrained(base, dtype="auto", **head)
     return PeftModel.from_pretrained(model, folder).eval()
 
 

@@ -51,6 +51,10 @@ def test_an_adapter_with_the_head_it_was_trained_with(tmp_path):
     assert isinstance(opened, PeftModel) and logits(opened).shape == (2, 5)
     assert torch.equal(logits(opened), logits(model))
     (tmp_path / "base").rename(tmp_path / "moved")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not name its base model: give it as base"):
+        open_model(tmp_path / "adapter")
     assert torch.equal(logits(open_model(tmp_path / "adapter", tmp_path / "moved")), logits(model))
 
 

@@ -73,7 +73,11 @@ def fidelity(model: nn.Module, dense: nn.Module, tokenizer: PreTrainedTokenizerB
 def robustness(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int]
 ) -> Robustness:
-    """The accuracy of a classifier on texts, and on the same texts damaged. The damage is the same in each call."""
+    """The accuracy of a classifier on texts, and on the same texts damaged. The damage is the same in each call.
+
+    Raises:
+        ValueError: if the model does not predict one class for each text.
+    """
     rng = random.Random(0)
     variants = (texts, [misspelt(text, rng) for text in texts], [without_words(text, rng) for text in texts])
     return Robustness(*(_accuracy(model, tokenizer, variant, labels) for variant in variants))
@@ -116,6 +120,11 @@ def _accuracy(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], labels: Sequence[int]
 ) -> float:
     classes = torch.cat([found.argmax(-1) for found in logits(model, tokenizer, texts, "accuracy")])
+    if classes.shape != (len(labels),):
+        raise ValueError(
+            f"The model made {len(classes)} predictions for {len(labels)} texts: labels need a model that classifies "
+            "texts. Leave them out for a language model."
+        )
     return float((classes.cpu() == torch.tensor(labels)).float().mean())
 
 

@@ -120,14 +120,18 @@ def report(
             codecarbon is installed.
 
     Raises:
-        ValueError: if labels or a dense model are given without texts and a tokenizer, or labels that are not as many
-            as the texts.
+        ValueError: if the model has no linear layer, the list of texts is empty, labels or a dense model are given
+            without texts and a tokenizer, or the labels are not as many as the texts or not those of a classifier.
     """
     if (texts is None or tokenizer is None) and (labels is not None or dense is not None):
         raise ValueError("labels and dense need texts=[...] and tokenizer=... too: they say how the model is asked.")
     if labels is not None and len(labels) != len(texts):
         raise ValueError(f"There are {len(labels)} labels, but {len(texts)} texts: expected one for each.")
+    if texts is not None and not len(texts):
+        raise ValueError("texts is empty: expected at least one text, or None.")
     names = weight_names(model)
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no linear layer: there is no weight to report on.")
     layers = [_layer(name, model.get_submodule(name)) for name in tqdm(names, desc="report", disable=len(names) < 100)]
     total = sum((layer.cost for layer in layers), Cost(0, 0, 0, 0, 0, 0))
     rest = sum((_rest(parameter) for parameter in remaining_parameters(model, names)), Cost(0, 0, 0, 0, 0, 0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,10 @@ from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of
 from .storage import Description, Values, encode
 
 INDEX = "model.safetensors.index.json"
-OURS = ("config.json", "generation_config.json", INDEX)
-"""What a save replaces beside the weights; everything else in the folder stays."""
+REPLACED = re.compile(
+    r"(config|generation_config)\.json|(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+)
+"""The files of a model, which a save replaces; everything else in the folder stays."""
 
 
 def save_pretrained(
@@ -58,10 +61,16 @@ def save_pretrained(
 
     Raises:
         TypeError: if it is no model of transformers, or its weights are quantized or distributed.
-        ValueError: if an adapter is not merged yet, or the format is unknown.
+        ValueError: if an adapter is not merged yet, the model is not all in memory, the format is unknown, or the
+            folder is that of an adapter.
     """
     _check(model, format)
-    with replacing(Path(folder).absolute(), _is_replaced) as written:
+    if Path(folder, "adapter_config.json").exists():
+        raise ValueError(
+            f"{os.fspath(folder)!r} holds an adapter, which transformers would open instead of the model: save the "
+            "model into a folder of its own."
+        )
+    with replacing(Path(folder).absolute(), lambda name: REPLACED.fullmatch(name) is not None) as written:
         if format == "dense" or values != "exact":
             model = densify(copy.deepcopy(model)) if _has_sparse_layers(model) else model
         if format == "dense":
@@ -70,10 +79,6 @@ def save_pretrained(
             _write(model, written, values, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
-
-
-def _is_replaced(name: str) -> bool:
-    return name in OURS or name.endswith((".safetensors", ".bin"))
 
 
 def _check(model: nn.Module, format: str) -> None:
@@ -98,6 +103,12 @@ def _check(model: nn.Module, format: str) -> None:
                     "of floating-point numbers. Gather a distributed model, or dequantize() a quantized one, before."
                 )
 
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError(
+            "Some tensors of the model are not in memory, but offloaded: open it without device_map, or with one that "
+            "offloads nothing, before."
+        )
+
 
 def _has_sparse_layers(model: PreTrainedModel) -> bool:
     return any(isinstance(module, SparseLinear) for module in model.modules())
@@ -108,6 +119,7 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     checksums: dict[str, dict[str, int]] = {}
     shards: list[dict[str, int]] = []  # the tensors of each file and their bytes
     shard: dict[str, Tensor] = {}
+    size = 0  # of the shard, bytes
 
     def flush() -> None:
         save_file(shard, folder / f"shard{len(shards)}.safetensors", metadata={"format": "pt"})
@@ -119,8 +131,10 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
         entries, desc="saving", unit="tensor", disable=None if len(entries) > 100 else True
     ):
         for key, part in _parts(name, module, tensor, values, weights).items():
-            if shard and sum(map(_bytes, shard.values())) + _bytes(part) > max_shard_size:
+            if shard and size + _bytes(part) > max_shard_size:
                 flush()
+                size = 0
+            size += _bytes(part)
             checksums[key] = checksums_of(part)
             shard[key] = part.detach().cpu().contiguous()
     flush()

@@ -66,8 +66,9 @@ class SparseCheckpointQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        modules = dict(model.named_modules())
         for name, entry in self.quantization_config.weights.items():
-            name = _name_in(model, name)
+            name = next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
             if name is None:
                 continue  # a head that this model class has not
             parent, _, child = name.rpartition(".")
@@ -159,11 +160,6 @@ def _spellings(model: nn.Module, name: str) -> tuple[str, str, str]:
     """A name in a checkpoint of a model with a head, and of one without."""
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     return name, name.removeprefix(prefix), prefix + name
-
-
-def _name_in(model: nn.Module, name: str) -> str | None:
-    modules = dict(model.named_modules())
-    return next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
 
 
 def register() -> None:

@@ -66,12 +66,12 @@ def decode(description: Description, parts: dict[str, Tensor]) -> Tensor:
 
 
 def sizes(tensor: Tensor) -> dict[str, int | None]:
-    """How many bytes a tensor takes in each codec with exact values, in the smallest dtype that holds them; None where
-    it does not fit; and under `int8` in the smallest codec with values of that kind."""
+    """How many bytes a tensor takes in each codec with exact values, in the smallest dtype that holds them; and under
+    `int8` in the smallest codec with values of that kind; None where it does not fit."""
     narrow = _narrowest(tensor.detach().cpu())
     return {
         **{name: codec.size(narrow) for name, codec in CODECS.items()},
-        "int8": sum(part.numel() * part.element_size() for part in encode(tensor, "int8")[1].values()),
+        "int8": sum(part.nbytes for part in encode(tensor, "int8")[1].values()) if tensor.isfinite().all() else None,
     }
 
 

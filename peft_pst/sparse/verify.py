@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -30,8 +30,9 @@ def verify(folder: str | os.PathLike, against: str | os.PathLike | None = None) 
         For each tensor, by the name that it has in a dense file, what is wrong with it: nothing, if it is right.
 
     Raises:
-        ValueError: if the folder holds no sparse checkpoint, or its description was damaged.
-        OSError, SafetensorError: if a file is not there or cannot be read.
+        ValueError: if the folder holds no sparse checkpoint, its description was damaged, or a file cannot be read as
+            safetensors, because it was cut short or its header is damaged.
+        OSError: if a file is not there.
     """
     if _description(folder) is None:
         raise ValueError(f"{str(folder)!r} holds no sparse checkpoint: write one with peft_pst.save_pretrained().")
@@ -65,16 +66,14 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor | None, list[str]]]:
     """The tensors of a checkpoint, decoded, by the names of a dense file, and what is wrong with each."""
     description = _description(folder)
     weights, checksums = (description.weights, description.checksums) if description else ({}, {})
+    names = {"model.safetensors"}
     if (folder / INDEX).is_file():
-        shards = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    else:
-        with safe_open(folder / "model.safetensors", framework="pt") as file:
-            shards = dict.fromkeys(file.keys(), "model.safetensors")
-    files = {name: safe_open(folder / name, framework="pt") for name in sorted(set(shards.values()))}
+        names = set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+    shards = {key: file for file in (_opened(folder / name) for name in sorted(names)) for key in file.keys()}  # noqa: SIM118
     stored = {f"{name}.{PREFIX}{part}" for name, entry in weights.items() for part in entry["parts"]}
 
     def read(key: str) -> Tensor:
-        return files[shards[key]].get_tensor(key)
+        return shards[key].get_tensor(key)
 
     for key in tqdm(sorted(shards.keys() - stored), desc=folder.name, unit="tensor", disable=len(shards) < 100):
         tensor = read(key)
@@ -93,6 +92,16 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor | None, list[str]]]:
             except ValueError as error:
                 problems.append(str(error))
         yield f"{name}.weight", tensor, problems
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(file)!r} cannot be read, so it was cut short or damaged ({error}). Download or save the checkpoint "
+            "again."
+        ) from error
 
 
 def _wrong(key: str, tensor: Tensor, checksums: dict[str, dict[str, int]]) -> list[str]:

@@ -60,16 +60,18 @@ def test_another_task_is_named(bert, tokenizer):
 
 
 def test_robustness(bert, tokenizer):
-    model = bert().eval()
-    with torch.no_grad():
-        model.classifier.weight.mul_(100)
-    labels = torch.cat(list(logits(model, tokenizer, TEXTS))).argmax(-1).tolist()
-    long = [f"{text} {text} {text}" for text in TEXTS]
-    found = robustness(model, tokenizer, TEXTS, labels)
-    assert found.clean == 1 and found == robustness(model, tokenizer, TEXTS, labels)
-    wrong = robustness(model, tokenizer, TEXTS, [1 - label for label in labels])
+    model, texts = bert().eval(), TEXTS * 10
+    labels = torch.cat(list(logits(model, tokenizer, texts))).argmax(-1).tolist()
+    found = robustness(model, tokenizer, texts, labels)
+    assert found.clean == 1 and found == robustness(model, tokenizer, texts, labels)
+    assert 0.8 < found.typos < 1 and 0.8 < found.dropped_words < 1
+    wrong = robustness(model, tokenizer, texts, [1 - label for label in labels])
     assert wrong.clean == 0 and wrong.typos == pytest.approx(1 - found.typos)
-    assert robustness(model, tokenizer, long, labels).typos <= 1
+
+
+def test_labels_need_a_classifier(tokenizer):
+    with pytest.raises(ValueError, match="predictions for 40 texts: labels need a model that classifies texts"):
+        robustness(gpt2(0), tokenizer, TEXTS, [0] * len(TEXTS))
 
 
 def test_damage():

@@ -76,13 +76,28 @@ def test_table_and_json(bert):
 def test_with_data(bert, local_hub):
     tokenizer = AutoTokenizer.from_pretrained(local_hub / "google-bert" / "bert-base-uncased")
     texts = ["word1 word2 word3", "word60 word61"]
-    found = report(bert(), texts=texts, labels=[0, 1], tokenizer=tokenizer, dense=bert(1))
-    assert found.fidelity.predictions == 2 and 0 <= found.robustness.clean <= 1
+    model = bert()
+    found = report(model, texts=texts, labels=[0, 1], tokenizer=tokenizer, dense=bert(1))
+    with torch.no_grad():
+        classes = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    assert found.fidelity.predictions == 2
+    assert found.robustness.clean == ((classes[0] == 0) + (classes[1] == 1)) / 2
     assert "agreement with the dense model" in found.table() and "with dropped words" in found.table()
     assert json.loads(json.dumps(found.to_dict()))["fidelity"]["kl"] == found.fidelity.kl
 
 
+def test_a_broken_weight_has_no_size_as_int8(bert):
+    model = bert()
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = float("nan")
+    assert report(model).layers[-1].formats["int8"] is None and "classifier" in report(model).table()
+
+
 def test_what_does_not_fit_together(bert):
+    with pytest.raises(ValueError, match="Embedding has no linear layer"):
+        report(torch.nn.Embedding(3, 4))
+    with pytest.raises(ValueError, match="texts is empty"):
+        report(bert(), texts=[], tokenizer=object())
     with pytest.raises(ValueError, match=r"labels and dense need texts=\[...\] and tokenizer=... too"):
         report(bert(), labels=[1])
     with pytest.raises(ValueError, match="There are 1 labels, but 2 texts: expected one for each"):

@@ -152,10 +152,14 @@ def test_shards(tmp_path):
 def test_other_files_stay(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     (tmp_path / "runs").mkdir()
-    (tmp_path / "pytorch_model.bin").write_text("old weights")
+    kept = ["training_args.bin", "optimizer.bin", "head.safetensors"]
+    for name in (*kept, "pytorch_model.bin", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).write_text("old")
     save_pretrained(merged("bert"), tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine" and (tmp_path / "runs").is_dir()
+    assert all((tmp_path / name).read_text() == "old" for name in kept)
     assert not (tmp_path / "pytorch_model.bin").exists()
+    assert not (tmp_path / "model-00001-of-00002.safetensors").exists()
     assert [p.name for p in tmp_path.parent.iterdir() if p.name.startswith(f".{tmp_path.name}")] == []
 
 
@@ -283,6 +287,15 @@ def test_what_cannot_be_saved(bert, tmp_path):
         save_pretrained(get_peft_model(bert(), PSTConfig()), tmp_path)
     with pytest.raises(TypeError, match="save_pretrained got a Linear: expected a model of transformers"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
+    get_peft_model(bert(), PSTConfig()).save_pretrained(tmp_path / "adapter")
+    before = sorted(file.name for file in (tmp_path / "adapter").iterdir())
+    with pytest.raises(ValueError, match="holds an adapter, which transformers would open instead of the model"):
+        save_pretrained(bert(), tmp_path / "adapter")
+    assert sorted(file.name for file in (tmp_path / "adapter").iterdir()) == before
+    offloaded = bert()
+    offloaded.classifier.to("meta")
+    with pytest.raises(ValueError, match="Some tensors of the model are not in memory, but offloaded"):
+        save_pretrained(offloaded, tmp_path)
     quantized = bert()
     layer = quantized.bert.encoder.layer[0].output.dense
     layer.weight = torch.nn.Parameter(layer.weight.detach().to(torch.uint8), requires_grad=False)
