@@ -56,7 +56,7 @@ def which(folder, models):
 
 
 def killed_before(operation, counter, save):
-    """Save, and die before the n-th operation on files (of all, if there are fewer); count them in a file."""
+    """Save, and die before the n-th operation on files; without one, count them in a file."""
     count = 0
 
     def hook(event, arguments):
@@ -90,6 +90,7 @@ def main():
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         finish(lambda: which(folder, models))
+    finish(lambda: save("old"))  # a save that sweeps up after a killed one has more operations
     finish(lambda: killed_before(None, counter, lambda: save("new")))
     operations = int(counter.read_text())
     for moment in range(MOMENTS):
