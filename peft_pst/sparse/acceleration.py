@@ -1,0 +1,73 @@
+"""accelerate_sparse: the kernels under a whole model."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .feed_forward import fuse_feed_forward
+from .linear import SparseLinear
+from .serving import HAS_KERNELS, warn_that_it_is_slow
+
+MOST_DENSE = 0.6
+"""Of a dense layer, the share of weights above which it is left alone: no number of tokens gains from its zeros."""
+
+
+def accelerate_sparse(model: nn.Module) -> nn.Module:
+    """Put the sparse kernels under a model, in place: it computes the same, faster, on a CPU.
+
+    Every `nn.Linear` and `Conv1D` with enough zeros becomes a `SparseLinear`, with exact values; those whose weight is
+    shared with an embedding stay. Where a block's feed-forward layers are sparse, they and the activation between them
+    run as one. `densify` is the way back.
+
+    Args:
+        model: a merged model, or one opened from a sparse checkpoint, on a CPU.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ImportError: if Numba is not installed.
+        ValueError: if no linear layer of the model has enough zeros, or it is not on a CPU.
+    """
+    if not HAS_KERNELS:
+        raise ImportError("The sparse kernels need Numba: pip install 'peft-pst[cpu]'.")
+    elsewhere = {str(parameter.device) for parameter in model.parameters() if parameter.device.type != "cpu"}
+    if elsewhere:
+        raise ValueError(f"The model is on {sorted(elsewhere)}, and the kernels are for a CPU: model.to('cpu') first.")
+    shared = _shared_weights(model)
+    for name, module in list(model.named_modules()):
+        if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in shared and _is_sparse(module):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, SparseLinear.from_linear(module))
+    served = [module.pack() for module in model.modules() if isinstance(module, SparseLinear)]
+    if not any(served):
+        raise ValueError(
+            "The model has no linear layer with enough zeros for sparse kernels: expected one that was merged from a "
+            f"sparse training, or has at most {MOST_DENSE:.0%} of its weights left."
+        )
+    fuse_feed_forward(model)
+    return model
+
+
+def accelerate_opened(model: nn.Module) -> None:
+    """The same for a model that was just opened from a sparse checkpoint, as far as it can be."""
+    sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
+    if not all(module.pack() for module in sparse):
+        warn_that_it_is_slow()
+    elif sparse:
+        fuse_feed_forward(model)
+
+
+def _is_sparse(linear: nn.Linear | Conv1D) -> bool:
+    weight = linear.weight
+    return weight.numel() > 0 and int(weight.count_nonzero()) <= MOST_DENSE * weight.numel()
+
+
+def _shared_weights(model: nn.Module) -> set[int]:
+    """The identities of parameters that more than one module has, as a head that is tied to an embedding."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    return {identity for identity, count in owners.items() if count > 1}

@@ -1,0 +1,230 @@
+"""What serves a SparseLinear on a CPU: the kernels, or a dense product where that is faster."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import itertools
+import warnings
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .. import gemm
+from .codecs import CODECS
+from .storage import decode
+
+if TYPE_CHECKING:
+    from .linear import SparseLinear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""Of inputs that kernels compute with, in fp32."""
+
+
+HAS_KERNELS = importlib.util.find_spec("numba") is not None
+"""Whether Numba is installed."""
+
+
+def is_possible(linear: SparseLinear) -> bool:
+    """Whether there are kernels for the weight of a layer where it is now."""
+    parts = linear.parts.values()
+    return HAS_KERNELS and linear.description.dtype != "float64" and all(part.device.type == "cpu" for part in parts)
+
+
+@functools.cache
+def warn_that_it_is_slow() -> None:
+    """Say once that weights are decoded in each call."""
+    remedy = "on a CPU, pip install 'peft-pst[cpu]' brings the kernels that multiply without decoding"
+    if HAS_KERNELS:
+        remedy = "there are kernels for a CPU and inputs in fp32, bf16 and fp16"
+    warnings.warn(
+        "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but is "
+        f"slow: {remedy}; peft_pst.densify(model) makes them dense.",
+        stacklevel=3,
+    )
+
+
+class Served:
+    """The weight of a layer as the kernels read it."""
+
+    def __init__(self, linear: SparseLinear) -> None:
+        from .kernels.choice import kernel_is_faster
+        from .kernels.layer import Layer
+        from .kernels.layout import pack
+
+        values, kind, scales, self._input_scales = _values(linear)
+        self._linear, self._bias = weakref.ref(linear), _version(linear)
+        self.packed = pack(values, kind, scales, linear.bias)
+        self._layer = Layer(self.packed)
+        self._by_kernel = [kernel_is_faster(self.packed, tokens) for tokens in (1, 1, 3, 6, 12, 24, 48, 128)]
+        self._dense: Tensor | None = None
+
+    @property
+    def has_input_scales(self) -> bool:
+        """Whether inputs are scaled before the product, as those of an int8 `Conv1D` are."""
+        return self._input_scales is not None
+
+    def runs_by_kernel(self, tokens: int) -> bool:
+        """Whether the kernels compute so many tokens, and not a dense product."""
+        return self._by_kernel[min(tokens.bit_length(), len(self._by_kernel) - 1)]
+
+    def refresh(self) -> None:
+        """See to it that the packed bias is that of the layer."""
+        linear = self._linear()
+        if self._bias != _version(linear):
+            self.packed.bias[: linear.out_features] = linear.bias.detach()
+            self._bias = _version(linear)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """fp32 [tokens, in] to fp32 [tokens, out]."""
+        self.refresh()
+        if not self.runs_by_kernel(len(x)):
+            return self._by_dense(x, self._linear())
+        if self._input_scales is not None:
+            x = x * self._input_scales
+        return self._layer(x)
+
+    def _by_dense(self, x: Tensor, linear: SparseLinear) -> Tensor:
+        if self._dense is None:
+            weight = linear.weight.float()
+            self._dense = (weight.T if linear.conv1d else weight).contiguous()
+        bias = linear.bias
+        return gemm.linear(x, self._dense, None if bias is None else bias.detach().float())
+
+
+def serve(linear: SparseLinear, x: Tensor) -> Tensor:
+    """The forward of a layer that is served, differentiable: [..., in] to [..., out], in the dtype of x."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        if torch.is_grad_enabled() and linear.bias is not None and linear.bias.requires_grad:
+            return linear.plain(x)
+        return torch.ops.peft_pst.sparse_linear(x, linear._handle)
+    if torch.is_grad_enabled() and (x.requires_grad or (linear.bias is not None and linear.bias.requires_grad)):
+        return _Product.apply(x, linear.bias, linear)
+    return _product(linear, x)
+
+
+def _product(linear: SparseLinear, x: Tensor) -> Tensor:
+    flat = x.detach().reshape(-1, x.shape[-1])
+    y = linear.pack()(flat if x.dtype == torch.float32 else flat.float())
+    return y.to(x.dtype).view(*x.shape[:-1], linear.out_features)
+
+
+class _Product(torch.autograd.Function):
+    """The product with gradients, for which the weight is decoded."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor, bias: Tensor | None, linear: SparseLinear) -> Tensor:
+        ctx.linear = linear
+        return _product(linear, x)
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        of_x, of_bias = ctx.needs_input_grad[:2]
+        flat = grad.reshape(-1, grad.shape[-1])
+        bias = flat.sum(0).to(ctx.linear.bias.dtype) if of_bias else None
+        return _gradient(ctx.linear, grad) if of_x else None, bias, None
+
+
+def _gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
+    weight = linear.weight.to(grad.dtype)
+    return grad @ (weight.T if linear.conv1d else weight)
+
+
+def _values(linear: SparseLinear) -> tuple:
+    """The stored values of a weight as a matrix [out, in], their kind, and the scales of its outputs and inputs."""
+    from .kernels.layout import Kind
+
+    parts, scales, input_scales = linear.parts, None, None
+    if linear.compute == "fp16":
+        matrix, kind = _halved(linear), Kind.FP16
+    elif "scales" in parts:
+        matrix, kind = CODECS[linear.description.codec].decode(parts, torch.Size(linear.description.shape)), Kind.INT8
+        scales, input_scales = (None, parts["scales"]) if linear.conv1d else (parts["scales"], None)
+    else:
+        matrix = decode(linear.description, parts)
+        kind = Kind.BF16 if parts["values"].dtype == torch.bfloat16 else Kind.FP32
+        matrix = matrix.to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
+    return (matrix.T if linear.conv1d else matrix).contiguous(), kind, scales, input_scales
+
+
+def _halved(linear: SparseLinear) -> Tensor:
+    from .kernels.target import HAS_HALF
+
+    weight = linear.weight
+    halved = weight.half()
+    if bool((halved.isinf() & ~weight.isinf()).any()):
+        raise ValueError(
+            f"compute='fp16' turns weights as large as {weight.abs().max():g} into infinities: choose 'fp32'."
+        )
+    if not HAS_HALF:
+        _warn_of_no_half()
+    return halved
+
+
+@functools.cache
+def _warn_of_no_half() -> None:
+    warnings.warn(
+        "compute='fp16' was asked for, but this processor has no AVX512-FP16: products are taken in fp32, with values "
+        "in fp16.",
+        stacklevel=2,
+    )
+
+
+def _version(linear: SparseLinear) -> tuple | None:
+    """What changes when the bias does."""
+    return None if linear.bias is None else (id(linear.bias), linear.bias._version)
+
+
+# torch.compile and torch.export see a product as one operation that names its layer by a number
+
+_HANDLES: weakref.WeakValueDictionary[int, SparseLinear] = weakref.WeakValueDictionary()
+_next_handle = itertools.count()
+
+
+def register(linear: SparseLinear) -> int:
+    """The number by which a graph names a layer."""
+    handle = next(_next_handle)
+    _HANDLES[handle] = linear
+    return handle
+
+
+def _layer(handle: int) -> SparseLinear:
+    if handle not in _HANDLES:
+        raise ValueError(
+            f"The sparse layer {handle} is not in this process: a graph with peft_pst.sparse_linear runs only where it"
+            " was made. Export the dense model instead: peft_pst.densify(model)."
+        )
+    return _HANDLES[handle]
+
+
+@torch.library.custom_op("peft_pst::sparse_linear", mutates_args=(), device_types="cpu")
+def _sparse_linear(x: Tensor, handle: int) -> Tensor:
+    return _product(_layer(handle), x)
+
+
+@_sparse_linear.register_fake
+def _(x: Tensor, handle: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], _layer(handle).out_features)
+
+
+@torch.library.custom_op("peft_pst::sparse_linear_gradient", mutates_args=(), device_types="cpu")
+def _sparse_linear_gradient(grad: Tensor, handle: int) -> Tensor:
+    return _gradient(_layer(handle), grad)
+
+
+@_sparse_linear_gradient.register_fake
+def _(grad: Tensor, handle: int) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _layer(handle).in_features)
+
+
+def _remember_handle(ctx: object, inputs: tuple, output: Tensor) -> None:
+    ctx.handle = inputs[1]
+
+
+def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
+    return torch.ops.peft_pst.sparse_linear_gradient(grad, ctx.handle), None
+
+
+_sparse_linear.register_autograd(_backward, setup_context=_remember_handle)

@@ -1,0 +1,251 @@
+"""A SparseLinear on a CPU, as its users call it."""
+
+import copy
+import pickle
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_pst import SparseLinear
+from peft_pst.sparse import serving
+
+pytest.importorskip("numba", reason="the kernels need the extra peft-pst[cpu]")
+
+
+def pruned(out=160, size=192, sparsity=0.9, conv1d=False, bias=True):
+    linear = Conv1D(out, size) if conv1d else nn.Linear(size, out, bias=bias)
+    with torch.no_grad():
+        linear.weight.masked_fill_(torch.rand(linear.weight.shape) < sparsity, 0)
+        if linear.bias is not None:
+            linear.bias.normal_()
+    return linear.requires_grad_(False)
+
+
+def reference(linear, x):
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    return nn.functional.linear(x.double(), weight.double(), None if linear.bias is None else linear.bias.double())
+
+
+def error(y, expected):
+    return float((y.double() - expected).abs().max() / expected.abs().max())
+
+
+@pytest.fixture
+def by_kernel(monkeypatch):
+    """Every call goes to the kernels; how many did."""
+    calls = []
+    compute = serving.Served.__call__
+
+    def call(self, x):
+        calls.append(len(x))
+        return compute(self, x)
+
+    monkeypatch.setattr(serving.Served, "__call__", call)
+    monkeypatch.setattr(serving.Served, "runs_by_kernel", lambda self, tokens: True)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 5), (2, 1, 9), (70,), (0,)])
+@pytest.mark.parametrize("kind", ["Linear", "no bias", "Conv1D"])
+def test_the_product(kind, shape, by_kernel):
+    linear = pruned(conv1d=kind == "Conv1D", bias=kind != "no bias")
+    x = torch.randn(*shape, 192)
+    y = SparseLinear.from_linear(linear)(x)
+    assert y.shape == (*shape, 160) and by_kernel
+    assert not x.numel() or error(y, reference(linear, x)) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize(("values", "bound"), [("bf16", 5e-3), ("fp16", 1e-3), ("int8", 2e-2)])
+def test_rounded_values(values, bound, conv1d, tokens, by_kernel):
+    linear, x = pruned(sparsity=0.6, conv1d=conv1d), torch.randn(tokens, 192)
+    sparse = SparseLinear.from_linear(linear, values=values)
+    assert error(sparse(x), reference(linear, x)) < bound
+    rounded = sparse.to_linear()
+    assert error(sparse(x), reference(rounded, x)) < 1e-4
+
+
+def test_compute_in_fp16(by_kernel):
+    linear, x = pruned(), torch.randn(32, 192)
+    serving._warn_of_no_half.cache_clear()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sparse = SparseLinear.from_linear(linear, compute="fp16")
+        assert error(sparse(x), reference(linear, x)) < 2e-3
+        SparseLinear.from_linear(linear, compute="fp16")(x)
+    from peft_pst.sparse.kernels.target import HAS_HALF
+
+    assert sum("no AVX512-FP16" in str(one.message) for one in said) == (0 if HAS_HALF else 1)
+    linear.weight[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"compute='fp16' turns weights as large as 1e\+06 into infinities"):
+        SparseLinear.from_linear(linear, compute="fp16")(x)
+    with pytest.raises(ValueError, match="compute='int4' is unknown: expected one of"):
+        SparseLinear.from_linear(linear, compute="int4")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_inputs_in_fewer_bits_are_computed_in_fp32(dtype, by_kernel):
+    linear, x = pruned(), torch.randn(4, 192, dtype=dtype)
+    y = SparseLinear.from_linear(linear)(x)
+    assert y.dtype == dtype and torch.equal(y, SparseLinear.from_linear(linear)(x.float()).to(dtype))
+
+
+STRIDED = {
+    "every other": lambda x: x[:, ::2],
+    "transposed": lambda x: x.T,
+    "inner": lambda x: x[1:7, 5:197],
+    "expanded": lambda x: x[:1].expand(6, -1),
+}
+
+
+@pytest.mark.parametrize("change", STRIDED.values(), ids=STRIDED)
+def test_strides(change, by_kernel):
+    x = change(torch.randn(384, 384))
+    linear = pruned(size=x.shape[1])
+    assert error(SparseLinear.from_linear(linear)(x), reference(linear, x)) < 1e-6
+
+
+def test_gradients(by_kernel):
+    linear = pruned()
+    linear.bias.requires_grad_()
+    x = torch.randn(2, 3, 192, requires_grad=True)
+    sparse = SparseLinear.from_linear(linear)
+    grad = torch.randn(2, 3, 160)
+    found = torch.autograd.grad(sparse(x), (x, sparse.bias), grad)
+    expected = torch.autograd.grad(linear(x), (x, linear.bias), grad)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    assert by_kernel
+
+
+def test_the_bias_may_change(by_kernel):
+    linear, x = pruned(), torch.randn(2, 192)
+    sparse = SparseLinear.from_linear(linear)
+    before = sparse(x)
+    sparse.bias += 1
+    torch.testing.assert_close(sparse(x), before + 1)
+    sparse.bias = nn.Parameter(torch.zeros(160))
+    torch.testing.assert_close(sparse(x), x @ linear.weight.T)
+    state = {**sparse.state_dict(), "weight_values": 2 * sparse.weight_values}
+    for assign in (False, True):
+        sparse.load_state_dict(state, assign=assign)
+        torch.testing.assert_close(sparse(x), 2 * x @ linear.weight.T)
+
+
+@pytest.mark.parametrize("journey", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_copies_have_a_weight_of_their_own(journey, by_kernel):
+    sparse, x = SparseLinear.from_linear(pruned()), torch.randn(2, 192)
+    expected = sparse(x)
+    again = journey(sparse)
+    del sparse
+    torch.testing.assert_close(again(x), expected)
+
+
+def test_a_dense_product_where_it_is_faster(monkeypatch):
+    linear, x = pruned(sparsity=0.05), torch.randn(3, 192)
+    sparse = SparseLinear.from_linear(linear)
+    monkeypatch.setattr("peft_pst.sparse.kernels.layer.Layer.__call__", None)
+    assert error(sparse(x), reference(linear, x)) < 1e-6
+
+
+def test_the_choice_follows_the_table():
+    from peft_pst.sparse.kernels.choice import kernel_is_faster
+    from peft_pst.sparse.kernels.layout import Kind, pack
+
+    def packed(out, size, density):
+        return pack(torch.randn(out, size) * (torch.rand(out, size) < density), Kind.FP32)
+
+    wide, narrow = packed(768, 768, 0.1), packed(32, 32, 0.1)
+    assert all(kernel_is_faster(wide, tokens) for tokens in (1, 2, 8, 31, 128, 4096))
+    assert not any(kernel_is_faster(narrow, tokens) for tokens in (1, 2, 8))
+    assert not any(kernel_is_faster(packed(768, 768, 0.9), tokens) for tokens in (1, 2, 8, 31, 128, 4096))
+
+
+def test_a_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"input has shape \(2, 7\), but the layer reads 192 features"):
+        SparseLinear.from_linear(pruned())(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_compile_sees_one_operation(grad, by_kernel):
+    model = nn.Sequential(SparseLinear.from_linear(pruned()), nn.ReLU(), SparseLinear.from_linear(pruned(96, 160)))
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    x = torch.randn(5, 192, requires_grad=grad)
+    y = compiled(x)
+    torch.testing.assert_close(y, model(x))
+    assert graphs[0].count(torch.ops.peft_pst.sparse_linear) == 2
+    if grad:
+        torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, model)))
+
+
+def test_aot_autograd_and_dynamic_shapes(by_kernel):
+    model = SparseLinear.from_linear(pruned())
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (2, 5, 9):
+        x = torch.randn(tokens, 192, requires_grad=True)
+        torch.testing.assert_close(compiled(x), model(x))
+    torch.testing.assert_close(*(torch.autograd.grad(f(x).sum(), x)[0] for f in (compiled, model)))
+
+
+def test_export(by_kernel):
+    model, x = SparseLinear.from_linear(pruned()), torch.randn(5, 192)
+    program = torch.export.export(model, (x,))
+    assert "peft_pst.sparse_linear" in str(program.graph)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_the_operations_are_registered_rightly(by_kernel):
+    model = SparseLinear.from_linear(pruned())
+    arguments = (torch.randn(3, 192, requires_grad=True), model._handle)
+    torch.library.opcheck(serving._sparse_linear, arguments)
+    del model
+    with pytest.raises(ValueError, match=r"is not in this process: .* Export the dense model instead"):
+        torch.ops.peft_pst.sparse_linear(*arguments)
+
+
+WITHOUT_NUMBA = """
+import importlib.util, sys, warnings
+import torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "numba" else find(name, *rest)
+sys.modules["numba"] = None
+import peft_pst
+linear = torch.nn.Linear(64, 32)
+with torch.no_grad():
+    linear.weight.masked_fill_(torch.rand(32, 64) < 0.9, 0)
+sparse, x = peft_pst.SparseLinear.from_linear(linear), torch.randn(3, 64)
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        torch.testing.assert_close(sparse(x), linear(x))
+assert len(said) == 1 and "pip install 'peft-pst[cpu]'" in str(said[0].message), said
+try:
+    peft_pst.accelerate_sparse(torch.nn.Sequential(linear))
+except ImportError as error:
+    assert "pip install 'peft-pst[cpu]'" in str(error)
+else:
+    raise SystemExit("no error")
+"""
+
+
+def test_without_numba_the_plain_path_serves_with_one_hint():
+    subprocess.run([sys.executable, "-c", WITHOUT_NUMBA], check=True)
+
+
+def test_importing_the_library_does_not_import_numba():
+    command = "import sys, peft_pst; assert 'numba' not in sys.modules and 'llvmlite' not in sys.modules"
+    subprocess.run([sys.executable, "-c", command], check=True)
