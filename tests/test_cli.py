@@ -137,7 +137,7 @@ def test_what_a_user_can_mend_is_one_line(folders, run, tmp_path):
     assert code == 1 and "['sport'], but the model knows ['LABEL_0', 'LABEL_1']" in " ".join(printed.split())
 
 
-@pytest.mark.parametrize("command", ["report", "merge", "save", "verify", "push", "card", "plan"])
+@pytest.mark.parametrize("command", ["report", "merge", "save", "verify", "push", "card", "plan", "bench"])
 def test_help_shows_an_example(command, run):
     code, printed = run(command, "--help")
     assert code == 0 and f"peft-pst {command} " in printed.split("Example:")[1]
@@ -146,4 +146,4 @@ def test_help_shows_an_example(command, run):
 def test_the_command_is_installed():
     command = Path(sys.executable).with_name("peft-pst")
     found = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
-    assert all(name in found for name in ("report", "merge", "save", "verify", "push", "card", "plan"))
+    assert all(name in found for name in ("report", "merge", "save", "verify", "push", "card", "plan", "bench"))

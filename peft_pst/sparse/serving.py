@@ -10,6 +10,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import gemm
@@ -46,6 +47,10 @@ def warn_that_it_is_slow() -> None:
     )
 
 
+SMALL_PRODUCT = 5_000_000
+"""Multiply-adds."""
+
+
 class Served:
     """The weight of a layer as the kernels read it."""
 
@@ -55,7 +60,8 @@ class Served:
         from .kernels.layout import pack
 
         values, kind, scales, self._input_scales = _values(linear)
-        self._linear, self._bias = weakref.ref(linear), _version(linear)
+        self._linear = weakref.ref(linear)
+        self._bias, self._bias_version = linear.bias, None if linear.bias is None else _version(linear.bias)
         self.packed = pack(values, kind, scales, linear.bias)
         self._layer = Layer(self.packed)
         self._by_kernel = [kernel_is_faster(self.packed, tokens) for tokens in (1, 1, 3, 6, 12, 24, 48, 128)]
@@ -73,9 +79,10 @@ class Served:
     def refresh(self) -> None:
         """See to it that the packed bias is that of the layer."""
         linear = self._linear()
-        if self._bias != _version(linear):
-            self.packed.bias[: linear.out_features] = linear.bias.detach()
-            self._bias = _version(linear)
+        bias = linear._parameters["bias"]
+        if bias is not None and (bias is not self._bias or _version(bias) != self._bias_version):
+            self.packed.bias[: len(bias)] = bias.detach()
+            self._bias, self._bias_version = bias, _version(bias)
 
     def __call__(self, x: Tensor) -> Tensor:
         """fp32 [tokens, in] to fp32 [tokens, out]."""
@@ -90,8 +97,12 @@ class Served:
         if self._dense is None:
             weight = linear.weight.float()
             self._dense = (weight.T if linear.conv1d else weight).contiguous()
-        bias = linear.bias
-        return gemm.linear(x, self._dense, None if bias is None else bias.detach().float())
+        bias = linear._parameters["bias"]
+        if bias is not None and bias.dtype != torch.float32:
+            bias = bias.float()
+        # oneDNN prepares each product, which a small one does not repay
+        product = F.linear if x.numel() * linear.out_features < SMALL_PRODUCT else gemm.linear
+        return product(x, self._dense, bias)
 
 
 def serve(linear: SparseLinear, x: Tensor) -> Tensor:
@@ -106,9 +117,12 @@ def serve(linear: SparseLinear, x: Tensor) -> Tensor:
 
 
 def _product(linear: SparseLinear, x: Tensor) -> Tensor:
-    flat = x.detach().reshape(-1, x.shape[-1])
-    y = linear.pack()(flat if x.dtype == torch.float32 else flat.float())
-    return y.to(x.dtype).view(*x.shape[:-1], linear.out_features)
+    served = linear.pack()
+    if x.dtype != torch.float32:
+        return _product(linear, x.float()).to(x.dtype)
+    if x.dim() == 2:
+        return served(x)
+    return served(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], linear.out_features)
 
 
 class _Product(torch.autograd.Function):
@@ -172,9 +186,9 @@ def _warn_of_no_half() -> None:
     )
 
 
-def _version(linear: SparseLinear) -> tuple | None:
-    """What changes when the bias does."""
-    return None if linear.bias is None else (id(linear.bias), linear.bias._version)
+def _version(parameter: Tensor) -> int:
+    """How often a tensor was changed in place; torch does not count it for one that was made in inference mode."""
+    return 0 if parameter.is_inference() else parameter._version
 
 
 # torch.compile and torch.export see a product as one operation that names its layer by a number

@@ -147,6 +147,14 @@ def test_copies_have_a_weight_of_their_own(journey, by_kernel):
     torch.testing.assert_close(again(x), expected)
 
 
+def test_made_in_inference_mode(by_kernel):
+    with torch.inference_mode():
+        linear = pruned()
+        sparse, x = SparseLinear.from_linear(copy.deepcopy(linear)), torch.randn(2, 192)
+        assert error(sparse(x), reference(linear, x)) < 1e-6
+    assert error(sparse(x), reference(linear, x)) < 1e-6
+
+
 def test_a_dense_product_where_it_is_faster(monkeypatch):
     linear, x = pruned(sparsity=0.05), torch.randn(3, 192)
     sparse = SparseLinear.from_linear(linear)
