@@ -111,13 +111,13 @@ class SparseLinear(nn.Module):
         Raises:
             ValueError: if the last dimension of x is not `in_features`.
         """
+        served = self._served
+        # what a server calls goes the shortest way: a call from Python takes as long as some products
+        if served is not None and x.dtype == torch.float32 and x.is_cpu and not serving.is_watched(x):
+            return served.forward(x)
         if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"The input has shape {tuple(x.shape)}, but the layer reads {self.in_features} features: expected "
-                f"[..., {self.in_features}]."
-            )
-        served = x.dtype in serving.DTYPES and x.device.type == "cpu"
-        if served and (self._served is not None or serving.is_possible(self)):
+            raise serving.wrong_input(x, self.in_features)
+        if x.dtype in serving.DTYPES and x.is_cpu and (served is not None or serving.is_possible(self)):
             return serving.serve(self, x)
         serving.warn_that_it_is_slow()
         return self.plain(x)

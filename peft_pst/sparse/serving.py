@@ -61,6 +61,7 @@ class Served:
 
         values, kind, scales, self._input_scales = _values(linear)
         self._linear = weakref.ref(linear)
+        self._sizes = linear.in_features, linear.out_features
         self._bias, self._bias_version = linear.bias, None if linear.bias is None else _version(linear.bias)
         self.packed = pack(values, kind, scales, linear.bias)
         self._layer = Layer(self.packed)
@@ -84,14 +85,25 @@ class Served:
             self.packed.bias[: len(bias)] = bias.detach()
             self._bias, self._bias_version = bias, _version(bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """fp32 [tokens, in] to fp32 [tokens, out]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """fp32 [..., in] to fp32 [..., out], without gradients.
+
+        Raises:
+            ValueError: if the input has another size.
+        """
+        size, out = self._sizes
+        shape = x.shape
+        if shape[-1] != size:
+            raise wrong_input(x, size)
+        flat = x if len(shape) == 2 else x.reshape(-1, size)
         self.refresh()
+        y = self._by_kernel_or_dense(flat)
+        return y if len(shape) == 2 else y.view(*shape[:-1], out)
+
+    def _by_kernel_or_dense(self, x: Tensor) -> Tensor:
         if not self.runs_by_kernel(len(x)):
             return self._by_dense(x, self._linear())
-        if self._input_scales is not None:
-            x = x * self._input_scales
-        return self._layer(x)
+        return self._layer(x if self._input_scales is None else x * self._input_scales)
 
     def _by_dense(self, x: Tensor, linear: SparseLinear) -> Tensor:
         if self._dense is None:
@@ -103,6 +115,19 @@ class Served:
         # oneDNN prepares each product, which a small one does not repay
         product = F.linear if x.numel() * linear.out_features < SMALL_PRODUCT else gemm.linear
         return product(x, self._dense, bias)
+
+
+def is_watched(x: Tensor) -> bool:
+    """Whether a call is recorded: for gradients, by torch.compile, or on tensors of another kind."""
+    return torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling()
+
+
+def wrong_input(x: Tensor, in_features: int) -> ValueError:
+    """What is wrong with an input of another size."""
+    return ValueError(
+        f"The input has shape {tuple(x.shape)}, but the layer reads {in_features} features: expected "
+        f"[..., {in_features}]."
+    )
 
 
 def serve(linear: SparseLinear, x: Tensor) -> Tensor:
@@ -117,12 +142,7 @@ def serve(linear: SparseLinear, x: Tensor) -> Tensor:
 
 
 def _product(linear: SparseLinear, x: Tensor) -> Tensor:
-    served = linear.pack()
-    if x.dtype != torch.float32:
-        return _product(linear, x.float()).to(x.dtype)
-    if x.dim() == 2:
-        return served(x)
-    return served(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], linear.out_features)
+    return linear.pack().forward(x.float()).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):

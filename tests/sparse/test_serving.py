@@ -39,13 +39,13 @@ def error(y, expected):
 def by_kernel(monkeypatch):
     """Every call goes to the kernels; how many did."""
     calls = []
-    compute = serving.Served.__call__
+    compute = serving.Served.forward
 
     def call(self, x):
-        calls.append(len(x))
+        calls.append(x.shape)
         return compute(self, x)
 
-    monkeypatch.setattr(serving.Served, "__call__", call)
+    monkeypatch.setattr(serving.Served, "forward", call)
     monkeypatch.setattr(serving.Served, "runs_by_kernel", lambda self, tokens: True)
     return calls
 

@@ -86,27 +86,41 @@ class Layer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """fp32 [tokens, in] to fp32 [tokens, out]."""
-        if x.stride(1) != 1:
+        x_stride, step = x.stride()
+        if step != 1:
             x = x.contiguous()
-        tokens = x.shape[0]
-        y = torch.empty(tokens, self._out, dtype=torch.float32, device="cpu")
-        for start in range(0, tokens, TOKENS_AT_ONCE):
-            at_once = min(tokens - start, TOKENS_AT_ONCE)
-            self._compute(
-                at_once, x.data_ptr() + 4 * start * x.stride(0), x.stride(0), y.data_ptr() + 4 * start * self._out
-            )
+            x_stride = x.stride(0)
+        tokens = len(x)
+        y = torch.empty(tokens, self._out)
+        source, target = x.data_ptr(), y.data_ptr()
+        while tokens > TOKENS_AT_ONCE:
+            self._compute(TOKENS_AT_ONCE, source, x_stride, target)
+            source, target = source + 4 * TOKENS_AT_ONCE * x_stride, target + 4 * TOKENS_AT_ONCE * self._out
+            tokens -= TOKENS_AT_ONCE
+        if tokens:
+            self._compute(tokens, source, x_stride, target)
         return y
 
     def _compute(self, tokens: int, x: int, x_stride: int, y: int) -> None:
-        workers = 1
-        if tokens * self._products > WORK_OF_A_THREAD:
-            workers = min(torch.get_num_threads(), 1 + tokens * self._products // WORK_OF_A_THREAD)
-        blocks = -(-tokens // WIDEST)
-        padded = 1 if tokens == 1 else blocks * WIDEST  # at most: the last block may be narrower
-        space = _space(padded * self._floats + workers * (min(padded, WIDEST) * self._sums + self._stage), blocks)
-        _CALL.pack_into(space.call, 0, 0, 0, self._address, tokens, x, x_stride, y, space.scratch)
-        ctypes.memset(space.counters, 0, COUNTERS * blocks)
-        threads.run(machine_code(), space.address, workers)
+        products, workers = tokens * self._products, 1
+        if products > WORK_OF_A_THREAD:
+            workers = min(torch.get_num_threads(), 1 + products // WORK_OF_A_THREAD)
+        if tokens == 1:
+            blocks, floats = 1, self._floats + workers * (self._sums + self._stage)
+        else:  # at most: the last block may be narrower
+            blocks = -(-tokens // WIDEST)
+            floats = blocks * WIDEST * self._floats + workers * (WIDEST * self._sums + self._stage)
+        space = getattr(_local, "space", None)
+        if space is None or space.floats < floats or space.blocks < blocks:
+            space = _more_space(space, floats, blocks)
+        # two zeros for the counters of the first block
+        _CALL.pack_into(space.call, 0, 0, 0, self._address, tokens, x, x_stride, y, space.scratch, 0, 0)
+        if blocks > 1:
+            ctypes.memset(space.address + CALL.itemsize, 0, COUNTERS * blocks)
+        if workers == 1:
+            machine_code()(space.address)
+        else:
+            threads.run(machine_code(), space.address, workers)
 
 
 class _Space:
@@ -116,17 +130,16 @@ class _Space:
         self.floats, self.blocks = floats, blocks
         self.call = ctypes.create_string_buffer(CALL.itemsize + COUNTERS * blocks)
         self.address = ctypes.addressof(self.call)
-        self.counters = self.address + CALL.itemsize
         self._buffer = torch.empty(floats + 16, dtype=torch.float32, device="cpu")
         self.scratch = -(-self._buffer.data_ptr() // 64) * 64
 
 
-def _space(floats: int, blocks: int) -> _Space:
-    space = getattr(_local, "space", None)
-    if space is None or space.floats < floats or space.blocks < blocks:
-        floats, blocks = max(floats, getattr(space, "floats", 0)), max(blocks, getattr(space, "blocks", 0))
-        space = _local.space = _Space(floats, blocks)
-    return space
+def _more_space(space: _Space | None, floats: int, blocks: int) -> _Space:
+    """More memory than a thread has now."""
+    if space is not None:
+        floats, blocks = max(floats, space.floats), max(blocks, space.blocks)
+    _local.space = _Space(floats, blocks)
+    return _local.space
 
 
 def _describe(weight: Packed) -> tuple[int, ...]:
@@ -152,4 +165,4 @@ def _describe(weight: Packed) -> tuple[int, ...]:
 
 
 _local = threading.local()
-_CALL = struct.Struct(f"{len(CALL.names)}q")
+_CALL = struct.Struct(f"{len(CALL.names) + 2}q")

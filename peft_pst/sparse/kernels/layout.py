@@ -30,6 +30,8 @@ WORD = 64
 """Columns in a word of a bitmask."""
 BITMASK_DENSITY = 0.12
 """From here on one token is faster by a bitmask than by slices."""
+BITMASK_COLUMNS = 2**16
+"""As many products of a byte with a value are sure to fit into the int32 that sums them."""
 DENSE_TILE, SPARSE_TILE = 128, 240
 """Columns in a tile, about: a tile of few tokens or of dense weights is to stay in the first cache."""
 
@@ -144,7 +146,7 @@ def pack(
     starts = np.zeros(chunks * tiles, np.int64)
     np.cumsum(slices.sum(1)[:-1], out=starts[1:])
     bitmask = {}
-    if kind is Kind.INT8 and HAS_BITMASK and density > BITMASK_DENSITY:
+    if kind is Kind.INT8 and HAS_BITMASK and density > BITMASK_DENSITY and size <= BITMASK_COLUMNS:
         bitmask = _bitmask(values, present, chunks * chunk)
     return Packed(
         kind,

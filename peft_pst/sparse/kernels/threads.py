@@ -15,14 +15,11 @@ def run(callback: ctypes._CFuncPtr, program: int, threads: int) -> None:
 
     They are the threads that torch's own operations use, so the two never compete for the cores.
     """
-    if threads == 1:
+    parallel = _openmp()
+    if parallel is None:
         callback(program)
     else:
-        parallel = _openmp()
-        if parallel is None:
-            callback(program)
-        else:
-            parallel(callback, program, threads, 0)
+        parallel(callback, program, threads, 0)
 
 
 @functools.cache
