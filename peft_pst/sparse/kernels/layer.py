@@ -91,7 +91,7 @@ class Layer:
             x = x.contiguous()
             x_stride = x.stride(0)
         tokens = len(x)
-        y = torch.empty(tokens, self._out)
+        y = torch.empty(tokens, self._out, dtype=torch.float32)  # not the default dtype, which may be shorter
         source, target = x.data_ptr(), y.data_ptr()
         while tokens > TOKENS_AT_ONCE:
             self._compute(TOKENS_AT_ONCE, source, x_stride, target)
