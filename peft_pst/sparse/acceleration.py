@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -47,6 +50,7 @@ def accelerate_sparse(model: nn.Module) -> nn.Module:
             f"sparse training, or has at most {MOST_DENSE:.0%} of its weights left."
         )
     fuse_feed_forward(model)
+    _return_memory()
     return model
 
 
@@ -57,6 +61,15 @@ def accelerate_opened(model: nn.Module) -> None:
         warn_that_it_is_slow()
     elif sparse:
         fuse_feed_forward(model)
+        _return_memory()
+
+
+def _return_memory() -> None:
+    """Give what packing freed back to the system: glibc keeps it, and it is more than the packed model takes."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries do not have it
+        if trim is not None:
+            trim(0)
 
 
 def _is_sparse(linear: nn.Linear | Conv1D) -> bool:
