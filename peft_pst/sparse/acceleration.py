@@ -8,6 +8,7 @@ import sys
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .dense_product import speed_up_dense_layers
 from .feed_forward import fuse_feed_forward
 from .linear import SparseLinear
 from .serving import HAS_KERNELS, warn_that_it_is_slow
@@ -21,7 +22,7 @@ def accelerate_sparse(model: nn.Module) -> nn.Module:
 
     Every `nn.Linear` and `Conv1D` with enough zeros becomes a `SparseLinear`, with exact values; those whose weight is
     shared with an embedding stay. Where a block's feed-forward layers are sparse, they and the activation between them
-    run as one. `densify` is the way back.
+    run as one; large layers that stay dense, such as a head, use oneDNN where MKL is slow. `densify` is the way back.
 
     Args:
         model: a merged model, or one opened from a sparse checkpoint, on a CPU.
@@ -49,8 +50,7 @@ def accelerate_sparse(model: nn.Module) -> nn.Module:
             "The model has no linear layer with enough zeros for sparse kernels: expected one that was merged from a "
             f"sparse training, or has at most {MOST_DENSE:.0%} of its weights left."
         )
-    fuse_feed_forward(model)
-    _return_memory()
+    _speed_up_the_rest(model)
     return model
 
 
@@ -60,8 +60,13 @@ def accelerate_opened(model: nn.Module) -> None:
     if not all(module.pack() for module in sparse):
         warn_that_it_is_slow()
     elif sparse:
-        fuse_feed_forward(model)
-        _return_memory()
+        _speed_up_the_rest(model)
+
+
+def _speed_up_the_rest(model: nn.Module) -> None:
+    fuse_feed_forward(model)
+    speed_up_dense_layers(model)
+    _return_memory()
 
 
 def _return_memory() -> None:

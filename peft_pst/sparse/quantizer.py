@@ -17,6 +17,7 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .acceleration import accelerate_opened
+from .dense_product import restore_dense_layers
 from .feed_forward import separate_feed_forward
 from .linear import SparseLinear
 from .storage import Description
@@ -130,6 +131,7 @@ def densify(model: nn.Module) -> nn.Module:
 
 def _with_dense_layers(model: nn.Module) -> nn.Module:
     separate_feed_forward(model)
+    restore_dense_layers(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, SparseLinear):
             parent, _, child = name.rpartition(".")

@@ -159,6 +159,25 @@ def test_compile_a_whole_model(by_kernel):
     assert torch._dynamo.explain(fast)(TOKENS).graph_break_count == 0
 
 
+def test_a_large_layer_that_stays_dense_uses_the_faster_library(monkeypatch):
+    from peft_pst import gemm
+    from peft_pst.sparse.dense_product import DenseProduct
+
+    monkeypatch.setattr(gemm, "prefers_onednn", lambda: True)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2**14), nn.Linear(2**14, 8))
+    with torch.no_grad():
+        model[0].weight.masked_fill_(torch.rand(64, 64) < 0.9, 0)
+    x = torch.randn(3, 64, requires_grad=True)
+    expected, grad = model(x), torch.autograd.grad(model(x).sum(), x)[0]
+    accelerate_sparse(model)
+    assert [isinstance(vars(module).get("forward"), DenseProduct) for module in model] == [False, True, False]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], grad)
+    assert not any("forward" in vars(module) for module in densify(model))
+
+
 class Residual(nn.Module):
     """Its layers have the names of a block, but it computes something else."""
 
