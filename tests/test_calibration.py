@@ -62,7 +62,8 @@ def test_nothing_is_kept_but_the_norms(bert):
     def watched(count):
         for batch in batches(count):
             gc.collect()
-            alive.append(sum(o.numel() for o in gc.get_objects() if isinstance(o, torch.Tensor)))
+            # isinstance raises on a dead weak reference, which another test may have left
+            alive.append(sum(o.numel() for o in gc.get_objects() if issubclass(type(o), torch.Tensor)))
             yield batch
 
     calibrate(model, watched(12))

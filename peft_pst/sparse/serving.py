@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of inputs that kernels compute with, in fp32."""
-
-
+SMALL_PRODUCT = 5_000_000
+"""Multiply-adds below which a dense product goes to MKL: oneDNN prepares each one."""
 HAS_KERNELS = importlib.util.find_spec("numba") is not None
 """Whether Numba is installed."""
 
@@ -45,10 +45,6 @@ def warn_that_it_is_slow() -> None:
         f"slow: {remedy}; peft_pst.densify(model) makes them dense.",
         stacklevel=3,
     )
-
-
-SMALL_PRODUCT = 5_000_000
-"""Multiply-adds."""
 
 
 class Served:
@@ -112,7 +108,6 @@ class Served:
         bias = linear._parameters["bias"]
         if bias is not None and bias.dtype != torch.float32:
             bias = bias.float()
-        # oneDNN prepares each product, which a small one does not repay
         product = F.linear if x.numel() * linear.out_features < SMALL_PRODUCT else gemm.linear
         return product(x, self._dense, bias)
 
