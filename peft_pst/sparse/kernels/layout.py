@@ -1,6 +1,6 @@
 """How a weight is packed for the kernels: rows in slices of eight, columns in tiles, values beside 8-bit indices.
 
-The rows of a weight [out, in] are cut into chunks of up to 256, its columns into tiles of up to 255. In each chunk and
+The rows of a weight [out, in] are cut into chunks of up to 256, its columns into tiles of up to 240. In each chunk and
 tile the rows are sorted by how many values they have there, and every eight of them make a slice: the first value of
 each of the eight rows, then the second, and so on. Shorter rows of a slice are filled up with zeros whose index points
 to a row of zeros behind the tile, so that an infinity or a NaN in the input touches no row that has no value for it.

@@ -34,7 +34,6 @@ STAGE = LANES * CHUNK
 """Floats of a stage."""
 STAGE_STRIDE = 4 * CHUNK
 VECTOR = ir.VectorType(F32, LANES)
-VECTOR_BYTES = 4 * LANES
 
 
 def _machine(result: types.Type, *arguments: types.Type) -> Callable[[Callable], Any]:
