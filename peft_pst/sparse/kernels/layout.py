@@ -96,11 +96,6 @@ class Packed(NamedTuple):
         """How many chunks the rows make."""
         return -(-self.shape[0] // self.chunk)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the packed weight takes."""
-        return sum(part.nbytes for part in self if isinstance(part, Tensor))
-
 
 def pack(
     values: Tensor, kind: Kind, scales: Tensor | None = None, bias: Tensor | None = None, tile: int | None = None
