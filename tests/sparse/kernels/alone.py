@@ -15,11 +15,12 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 
 def import_kernels_only():
-    """Importing all of the library takes longer than what is done here."""
+    """Importing all of the library takes longer than what is done here. Seeded, as conftest.py seeds every test."""
     package = types.ModuleType("peft_pst")
     package.__path__ = [str(ROOT / "peft_pst")]
     sys.modules["peft_pst"] = package
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+    torch.manual_seed(0)
 
 
 def protected(size, at_end):
