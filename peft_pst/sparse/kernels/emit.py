@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from llvmlite import ir
 
 from .layout import SLICE, WORD, Kind
-from .target import CONVERTS_HALF, FEATURES, HAS_HALF, LANES, REGISTERS, WIDTHS
+from .target import CONVERTS_HALF, FEATURES, HAS_HALF, HAS_LOOKUP, LANES, REGISTERS, WIDTHS
 
 F16, F32 = ir.HalfType(), ir.FloatType()
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -50,6 +50,32 @@ def fma(builder: ir.IRBuilder, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Valu
 def splat(builder: ir.IRBuilder, vector: ir.Value, lane: int, lanes: int) -> ir.Value:
     """One entry of a vector in every lane."""
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _indices([lane] * lanes))
+
+
+def loop(
+    builder: ir.IRBuilder,
+    end: ir.Value,
+    state: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
+    step: int = 1,
+) -> list[ir.Value]:
+    """For i from 0 below `end`: state = body(i, state), by instructions; the state after that."""
+    before, head, inside, after = builder.block, *(builder.append_basic_block() for _ in range(3))
+    builder.branch(head)
+    builder.position_at_end(head)
+    phis = [builder.phi(value.type) for value in (end, *state)]
+    for phi, value in zip(phis, (number(0), *state), strict=True):
+        phi.add_incoming(value, before)
+    i, *state = phis
+    builder.cbranch(builder.icmp_signed("<", i, end), inside, after)
+
+    builder.position_at_end(inside)
+    changed = body(i, state)
+    for phi, value in zip(phis, (builder.add(i, number(step)), *changed), strict=True):
+        phi.add_incoming(value, builder.block)
+    builder.branch(head)
+    builder.position_at_end(after)
+    return state
 
 
 def prefetch(builder: ir.IRBuilder, address: ir.Value, ahead: int) -> None:
@@ -185,33 +211,32 @@ def segment(module: ir.Module, kind: Kind, blocks: bool, width: int) -> ir.Funct
     registers = width // lanes
     together = _rows_together(registers)
 
-    entry, head, body, after = builder.block, *(function.append_basic_block() for _ in range(3))
-    builder.branch(head)
-    builder.position_at_end(head)
-    number_of_slice, place = builder.phi(I64), builder.phi(I64)
-    number_of_slice.add_incoming(number(0), entry)
-    place.add_incoming(number(0), entry)
-    builder.cbranch(builder.icmp_signed("<", number_of_slice, slices), body, after)
+    looks_up = width == 1 and HAS_LOOKUP and not blocks
+    table = [load(builder, tile, ir.VectorType(F32, LANES), 64 * part) for part in range(16)] if looks_up else []
 
-    builder.position_at_end(body)
-    count = builder.sext(load(builder, _element(builder, counts, number_of_slice, 4), I32), I64)
-    here = _element(builder, rows, number_of_slice, SLICE)
-    first_index = _element(builder, indices, place, 1 if blocks else SLICE)
-    first_value = _element(builder, values, place, SLICE * _entry_bytes(VALUE[kind]))
-    if width == 1:
-        _multiply_one_token(builder, kind, blocks, here, sums, tile, first_index, first_value, count)
-    for first in range(0, SLICE, together) if width > 1 else ():
-        group = range(first, first + together)
-        targets = [
-            _element(builder, sums, builder.zext(load(builder, here, I8, row), I64), 4 * width) for row in group
-        ]
-        _multiply_group(
-            builder, kind, blocks, lanes, registers, half, group, targets, tile, first_index, first_value, count
-        )
-    number_of_slice.add_incoming(builder.add(number_of_slice, number(1)), builder.block)
-    place.add_incoming(builder.add(place, count), builder.block)
-    builder.branch(head)
-    builder.position_at_end(after)
+    def multiply_slice(slice_: ir.Value, places: list[ir.Value]) -> list[ir.Value]:
+        (place,) = places
+        count = builder.sext(load(builder, _element(builder, counts, slice_, 4), I32), I64)
+        here = _element(builder, rows, slice_, SLICE)
+        first_index = _element(builder, indices, place, 1 if blocks else SLICE)
+        first_value = _element(builder, values, place, SLICE * _entry_bytes(VALUE[kind]))
+        if width == 1:
+            if looks_up:
+                total = _look_up_one_token(builder, kind, table, first_index, first_value, count)
+            else:
+                total = _gather_one_token(builder, kind, blocks, tile, first_index, first_value, count)
+            _scatter(builder, total, here, sums)
+        for first in range(0, SLICE, together) if width > 1 else ():
+            group = range(first, first + together)
+            targets = [
+                _element(builder, sums, builder.zext(load(builder, here, I8, row), I64), 4 * width) for row in group
+            ]
+            _multiply_group(
+                builder, kind, blocks, lanes, registers, half, group, targets, tile, first_index, first_value, count
+            )
+        return [builder.add(place, count)]
+
+    loop(builder, slices, [number(0)], multiply_slice)
     builder.ret_void()
     return function
 
@@ -236,54 +261,41 @@ def bitmask_rows(module: ir.Module, in_16_bits: bool) -> ir.Function:
     nothing = ir.Constant(integers, [0] * 16) if in_16_bits else zeros(F32, 16)
     lower = builder.add(token, builder.mul(words, number(64)))
 
-    entry, head, row_body = builder.block, function.append_basic_block(), function.append_basic_block()
-    word_head, word_body, row_end, after = (function.append_basic_block() for _ in range(4))
-    builder.branch(head)
-    builder.position_at_end(head)
-    row = builder.phi(I64)
-    row.add_incoming(number(0), entry)
-    builder.cbranch(builder.icmp_signed("<", row, rows), row_body, after)
+    def multiply_row(row: ir.Value, _: list[ir.Value]) -> list[ir.Value]:
+        first = builder.add(values, load(builder, _element(builder, starts, row, 8), I64))
+        row_bits = builder.add(bits, builder.mul(builder.mul(row, words), number(8)))
 
-    builder.position_at_end(row_body)
-    first = builder.add(values, load(builder, _element(builder, starts, row, 8), I64))
-    row_bits = builder.add(bits, builder.mul(builder.mul(row, words), number(8)))
-    builder.branch(word_head)
-    builder.position_at_end(word_head)
-    word, place = builder.phi(I64), builder.phi(I64)
-    totals = [builder.phi(nothing.type) for _ in range(2 if in_16_bits else 4)]
-    for phi, start in ((word, number(0)), (place, first), *((total, nothing) for total in totals)):
-        phi.add_incoming(start, row_body)
-    builder.cbranch(builder.icmp_signed("<", word, words), word_body, row_end)
+        def multiply_word(word: ir.Value, state: list[ir.Value]) -> list[ir.Value]:
+            place, *totals = state
+            mask = load(builder, _element(builder, row_bits, word, 8), I64)
+            prefetch(builder, place, 1024)
+            chosen, weights = _expand(builder, mask, place)
+            if in_16_bits:
+                parts = [
+                    load(builder, _element(builder, part, word, 64), ir.VectorType(I8, 64)) for part in (token, lower)
+                ]
+                totals = [_dot_of_bytes(builder, total, x, weights) for total, x in zip(totals, parts, strict=True)]
+            else:
+                totals = [multiply_part(word, chosen, weights, *part) for part in enumerate(totals)]
+            return [builder.add(place, builder.ctpop(mask)), *totals]
 
-    builder.position_at_end(word_body)
-    mask = load(builder, _element(builder, row_bits, word, 8), I64)
-    prefetch(builder, place, 1024)
-    chosen, weights = _expand(builder, mask, place)
-    if in_16_bits:
-        for total, part in zip(totals, (token, lower), strict=True):
-            x = load(builder, _element(builder, part, word, 64), ir.VectorType(I8, 64))
-            total.add_incoming(_dot_of_bytes(builder, total, x, weights), word_body)
-    else:
-        for part, total in enumerate(totals):
-            lanes = _indices(range(16 * part, 16 * part + 16))
-            weight = builder.sitofp(builder.shuffle_vector(weights, weights, lanes), floats)
-            x = load(builder, _element(builder, token, word, 256), floats, 64 * part)
-            x = builder.select(builder.shuffle_vector(chosen, chosen, lanes), x, nothing)
-            total.add_incoming(fma(builder, weight, x, total), word_body)
-    word.add_incoming(builder.add(word, number(1)), word_body)
-    place.add_incoming(builder.add(place, builder.ctpop(mask)), word_body)
-    builder.branch(word_head)
+        _, *totals = loop(builder, words, [first, *[nothing] * (2 if in_16_bits else 4)], multiply_word)
+        if in_16_bits:
+            higher, low = (builder.sext(_sum(builder, builder.add, total), I64) for total in totals)
+            store(builder, builder.add(builder.shl(higher, number(8)), low), _element(builder, results, row, 8))
+        else:
+            total = builder.fadd(builder.fadd(*totals[:2]), builder.fadd(*totals[2:]))
+            store(builder, _sum(builder, builder.fadd, total), _element(builder, results, row, 4))
+        return []
 
-    builder.position_at_end(row_end)
-    if in_16_bits:
-        higher, low = (builder.sext(_sum(builder, builder.add, total), I64) for total in totals)
-        store(builder, builder.add(builder.shl(higher, number(8)), low), _element(builder, results, row, 8))
-    else:
-        total = builder.fadd(builder.fadd(*totals[:2]), builder.fadd(*totals[2:]))
-        store(builder, _sum(builder, builder.fadd, total), _element(builder, results, row, 4))
-    row.add_incoming(builder.add(row, number(1)), row_end)
-    builder.branch(head)
-    builder.position_at_end(after)
+    def multiply_part(word: ir.Value, chosen: ir.Value, weights: ir.Value, part: int, total: ir.Value) -> ir.Value:
+        lanes = _indices(range(16 * part, 16 * part + 16))
+        weight = builder.sitofp(builder.shuffle_vector(weights, weights, lanes), floats)
+        x = load(builder, _element(builder, token, word, 256), floats, 64 * part)
+        x = builder.select(builder.shuffle_vector(chosen, chosen, lanes), x, nothing)
+        return fma(builder, weight, x, total)
+
+    loop(builder, rows, [], multiply_row)
     builder.ret_void()
     return function
 
@@ -334,88 +346,134 @@ def _multiply_group(
     """Some rows of a slice, with their sums in registers."""
     compute, entry_bytes = (F16, 2) if half else (F32, 4)
     vector, value_bytes = ir.VectorType(compute, lanes), _entry_bytes(VALUE[kind])
-    before, head, body, after = builder.block, *(builder.append_basic_block() for _ in range(3))
-    builder.branch(head)
-    builder.position_at_end(head)
-    i = builder.phi(I64)
-    i.add_incoming(number(0), before)
-    totals = [[builder.phi(vector) for _ in range(registers)] for _ in group]
-    for total in (total for row_totals in totals for total in row_totals):
-        total.add_incoming(zeros(compute, lanes), before)
-    builder.cbranch(builder.icmp_signed("<", i, count), body, after)
 
-    builder.position_at_end(body)
-    index_at = _element(builder, first_index, i, 1 if blocks else SLICE)
-    value_at = _element(builder, first_value, i, SLICE * value_bytes)
-    prefetch(builder, value_at, 1536)
-    prefetch(builder, index_at, 512)
-    values = load(builder, value_at, ir.VectorType(VALUE[kind], len(group)), value_bytes * group.start)
-    if not half:
-        values = widen(builder, values, kind)
+    def multiply(i: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        index_at, value_at = _step(builder, first_index, first_value, i, 1 if blocks else SLICE, SLICE * value_bytes)
+        values = load(builder, value_at, ir.VectorType(VALUE[kind], len(group)), value_bytes * group.start)
+        if not half:
+            values = widen(builder, values, kind)
+        indices = _load_indices(builder, index_at, group, blocks)
+        shared = tokens_of(indices[0]) if blocks else None
+        sums = []
+        for position in range(len(group)):
+            value = splat(builder, values, position, lanes)
+            for x in shared or tokens_of(indices[position]):
+                sums.append(fma(builder, value, x, totals[len(sums)]))
+        return sums
 
     def tokens_of(index: ir.Value) -> list[ir.Value]:
         tokens = _element(builder, tile, index, entry_bytes * lanes * registers)
         return [load(builder, tokens, vector, entry_bytes * lanes * register) for register in range(registers)]
 
-    indices = _load_indices(builder, index_at, group, blocks)
-    shared = tokens_of(indices[0]) if blocks else None
-    for position in range(len(group)):
-        value = splat(builder, values, position, lanes)
-        for total, x in zip(totals[position], shared or tokens_of(indices[position]), strict=True):
-            total.add_incoming(fma(builder, value, x, total), body)
-    i.add_incoming(builder.add(i, number(1)), body)
-    builder.branch(head)
-
-    builder.position_at_end(after)
-    for target, row_totals in zip(targets, totals, strict=True):
-        for register, total in enumerate(row_totals):
-            offset, wide = 4 * lanes * register, ir.VectorType(F32, lanes)
+    totals = iter(loop(builder, count, [zeros(compute, lanes)] * len(group) * registers, multiply))
+    wide = ir.VectorType(F32, lanes)
+    for target in targets:
+        for register in range(registers):
+            offset, total = 4 * lanes * register, next(totals)
             if half:
                 total = builder.fpext(total, wide)
             store(builder, builder.fadd(load(builder, target, wide, offset), total), target, offset)
 
 
-def _multiply_one_token(
+def _gather_one_token(
     builder: ir.IRBuilder,
     kind: Kind,
     blocks: bool,
-    rows: ir.Value,
-    sums: ir.Value,
     tile: ir.Value,
     first_index: ir.Value,
     first_value: ir.Value,
     count: ir.Value,
-) -> None:
+) -> ir.Value:
     """The eight rows of a slice times one token: a vector of their values times a vector of what they meet."""
     value_bytes, vector = _entry_bytes(VALUE[kind]), ir.VectorType(F32, SLICE)
-    before, head, body, after = builder.block, *(builder.append_basic_block() for _ in range(3))
-    builder.branch(head)
-    builder.position_at_end(head)
-    i, total = builder.phi(I64), builder.phi(vector)
-    i.add_incoming(number(0), before)
-    total.add_incoming(zeros(F32, SLICE), before)
-    builder.cbranch(builder.icmp_signed("<", i, count), body, after)
 
-    builder.position_at_end(body)
-    index_at = _element(builder, first_index, i, 1 if blocks else SLICE)
-    value_at = _element(builder, first_value, i, SLICE * value_bytes)
-    prefetch(builder, value_at, 1536)
-    prefetch(builder, index_at, 512)
-    values = widen(builder, load(builder, value_at, ir.VectorType(VALUE[kind], SLICE)), kind)
-    x = ir.Constant(vector, ir.Undefined)
-    for row, index in enumerate(_load_indices(builder, index_at, range(SLICE), blocks)):
-        x = builder.insert_element(x, load(builder, _element(builder, tile, index, 4), F32), ir.Constant(I32, row))
-    if blocks:
-        x = splat(builder, x, 0, SLICE)
-    total.add_incoming(fma(builder, values, x, total), body)
-    i.add_incoming(builder.add(i, number(1)), body)
-    builder.branch(head)
+    def multiply(i: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        index_at, value_at = _step(builder, first_index, first_value, i, 1 if blocks else SLICE, SLICE * value_bytes)
+        values = widen(builder, load(builder, value_at, ir.VectorType(VALUE[kind], SLICE)), kind)
+        x = ir.Constant(vector, ir.Undefined)
+        for row, index in enumerate(_load_indices(builder, index_at, range(SLICE), blocks)):
+            x = builder.insert_element(x, load(builder, _element(builder, tile, index, 4), F32), ir.Constant(I32, row))
+        if blocks:
+            x = splat(builder, x, 0, SLICE)
+        return [fma(builder, values, x, totals[0])]
 
-    builder.position_at_end(after)
+    return loop(builder, count, [zeros(F32, SLICE)], multiply)[0]
+
+
+def _look_up_one_token(
+    builder: ir.IRBuilder,
+    kind: Kind,
+    table: list[ir.Value],
+    first_index: ir.Value,
+    first_value: ir.Value,
+    count: ir.Value,
+) -> ir.Value:
+    """The same for a tile that is in sixteen registers: two values of each row at a time, without a load for each."""
+    lanes, value_bytes = 2 * SLICE, _entry_bytes(VALUE[kind])
+    booleans = ir.VectorType(ir.IntType(1), lanes)
+    both, one = (ir.Constant(booleans, [lane < count for lane in range(lanes)]) for count in (lanes, SLICE))
+
+    def multiply(i: ir.Value, totals: list[ir.Value]) -> list[ir.Value]:
+        index_at, value_at = _step(builder, first_index, first_value, i, SLICE, SLICE * value_bytes)
+        # the last value of a row may be alone: behind it lies what is not this slice's, or nothing
+        here = builder.select(builder.icmp_signed("<", builder.add(i, number(1)), count), both, one)
+        values = widen(builder, _load_some(builder, value_at, ir.VectorType(VALUE[kind], lanes), here), kind)
+        indices = builder.zext(
+            _load_some(builder, index_at, ir.VectorType(I8, lanes), here), ir.VectorType(I32, lanes)
+        )
+        added = fma(builder, values, _look_up(builder, table, indices), totals[0])
+        return [builder.select(here, added, totals[0])]
+
+    (total,) = loop(builder, count, [zeros(F32, lanes)], multiply, step=2)
+    low, high = (builder.shuffle_vector(total, total, _indices(range(i, i + SLICE))) for i in (0, SLICE))
+    return builder.fadd(low, high)
+
+
+def _look_up(builder: ir.IRBuilder, table: list[ir.Value], indices: ir.Value) -> ir.Value:
+    """What a table of 256 floats has at the indices: from pairs of its registers, then the one that each bit names."""
+    vector, bit = table[0].type, 2 * LANES
+    name = "llvm.x86.avx512.vpermi2var.ps.512"
+    function = builder.module.globals.get(name) or ir.Function(
+        builder.module, ir.FunctionType(vector, [vector, indices.type, vector]), name
+    )
+    found = [builder.call(function, [low, indices, high]) for low, high in zip(table[::2], table[1::2], strict=True)]
+    while len(found) > 1:
+        bits = builder.and_(indices, ir.Constant(indices.type, [bit] * LANES))
+        is_set = builder.icmp_unsigned("!=", bits, ir.Constant(indices.type, [0] * LANES))
+        found = [builder.select(is_set, high, low) for low, high in zip(found[::2], found[1::2], strict=True)]
+        bit *= 2
+    return found[0]
+
+
+def _load_some(builder: ir.IRBuilder, address: ir.Value, vector: ir.Type, which: ir.Value) -> ir.Value:
+    """A vector of which only some entries are read; the others are zero."""
+    entry = vector.element
+    name = f"llvm.masked.load.v{vector.count}{'f32' if entry == F32 else 'f16' if entry == F16 else f'i{entry.width}'}"
+    pointer = vector.as_pointer()
+    function = builder.module.globals.get(f"{name}.p0") or ir.Function(
+        builder.module, ir.FunctionType(vector, [pointer, I32, which.type, vector]), f"{name}.p0"
+    )
+    nothing = ir.Constant(vector, [0.0 if entry in (F16, F32) else 0] * vector.count)
+    arguments = [builder.inttoptr(address, pointer), ir.Constant(I32, _entry_bytes(vector)), which, nothing]
+    return builder.call(function, arguments)
+
+
+def _scatter(builder: ir.IRBuilder, total: ir.Value, rows: ir.Value, sums: ir.Value) -> None:
+    """Add the sums of a slice to those of its rows."""
     for row in range(SLICE):
         target = _element(builder, sums, builder.zext(load(builder, rows, I8, row), I64), 4)
         added = builder.extract_element(total, ir.Constant(I32, row))
         store(builder, builder.fadd(load(builder, target, F32), added), target)
+
+
+def _step(
+    builder: ir.IRBuilder, indices: ir.Value, values: ir.Value, i: ir.Value, index_bytes: int, value_bytes: int
+) -> list[ir.Value]:
+    """Where the indices and the values of a step lie; has the processor fetch those of later ones."""
+    addresses = [_element(builder, indices, i, index_bytes), _element(builder, values, i, value_bytes)]
+    for address, ahead in zip(addresses, (512, 1536), strict=True):
+        prefetch(builder, address, ahead)
+    return addresses
 
 
 def _load_indices(builder: ir.IRBuilder, address: ir.Value, group: range, blocks: bool) -> list[ir.Value]:

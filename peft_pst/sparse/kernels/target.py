@@ -17,6 +17,8 @@ CONVERTS_HALF = bool({"f16c", "avx512f"} & FEATURES) or _TRIPLE.startswith(("aar
 """Whether fp16 becomes fp32 in one instruction. LLVM would call a function that is nowhere to be found."""
 HAS_BITMASK = {"avx512vbmi2", "avx512bw", "avx512vnni"} <= FEATURES
 """Whether bytes are spread over the places that a bitmask names, and multiplied, in one instruction each."""
+HAS_LOOKUP = {"avx512bw", "avx512vl"} <= FEATURES
+"""Whether one instruction looks sixteen floats up in two registers, and one loads some bytes of a vector."""
 
 WIDTHS = tuple(width for width in (1, 4, 8, 16, 32, 64) if width <= 4 * LANES)
 """How many tokens a panel may hold: one, part of a vector, or up to four vectors."""
