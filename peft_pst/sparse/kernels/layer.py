@@ -24,7 +24,7 @@ WORK_OF_A_THREAD = 200_000
 """Products that are worth another thread: about 20 µs."""
 TOKENS_AT_ONCE = 1024
 """The panels of more would leave the caches."""
-COUNTERS = 16
+COUNTERS = 24
 """Bytes of counters for a block of tokens."""
 
 
@@ -113,8 +113,8 @@ class Layer:
         space = getattr(_local, "space", None)
         if space is None or space.floats < floats or space.blocks < blocks:
             space = _more_space(space, floats, blocks)
-        # two zeros for the counters of the first block
-        _CALL.pack_into(space.call, 0, 0, 0, self._address, tokens, x, x_stride, y, space.scratch, 0, 0)
+        # three zeros for the counters of the first block
+        _CALL.pack_into(space.call, 0, workers, 0, self._address, tokens, x, x_stride, y, space.scratch, 0, 0, 0)
         if blocks > 1:
             ctypes.memset(space.address + CALL.itemsize, 0, COUNTERS * blocks)
         if workers == 1:
@@ -165,4 +165,4 @@ def _describe(weight: Packed) -> tuple[int, ...]:
 
 
 _local = threading.local()
-_CALL = struct.Struct(f"{len(CALL.names) + 2}q")
+_CALL = struct.Struct(f"{len(CALL.names) + 3}q")

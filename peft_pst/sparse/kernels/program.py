@@ -46,7 +46,7 @@ LAYER = _record(
 """A linear layer or a feed-forward block. A linear layer has its weight as `first` and as `last`."""
 
 CALL = _record(
-    "next_task",
+    "threads",  # that may run it
     "next_thread",
     "layer",
     "tokens",
@@ -55,4 +55,5 @@ CALL = _record(
     "y",  # fp32 [tokens, out]
     "scratch",
 )
-"""One call. Behind it lie, for each block, how many tasks of its panel and of its hidden panel are done: zeros."""
+"""One call. Behind it lie three counters for each block: how many of its tasks are taken, and how many of those of its
+panel and of its hidden panel are done. They and `next_thread` begin at zero."""

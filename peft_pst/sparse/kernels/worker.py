@@ -2,8 +2,11 @@
 
 A program is one sparse linear layer, or a feed-forward block of two or three. Its tokens are cut into blocks. For each
 block the tasks are, in this order: turn the activations into a panel [in, tokens], tile by tile; multiply a chunk of
-hidden rows and activate it, into a second panel; multiply a chunk of output rows. Threads take tasks from one counter,
-and before a task wait for those that it needs: they were taken earlier, so they are under way.
+hidden rows and activate it, into a second panel; multiply a chunk of output rows.
+
+Each thread begins with another block, so that a panel is read by the core that wrote it, and helps with the others when
+that one has no more tasks. Threads in a block take its tasks from one counter, and before a task wait for those that it
+needs: they were taken earlier, so they are under way.
 """
 
 from __future__ import annotations
@@ -476,29 +479,33 @@ def _run(call, layer, address):
         all_sums += (blocks - 1) * hidden_bytes + _panel_bytes(last, last_width)
     sums_rows = max(last.chunk, first.chunk * (1 + layer.gated) if feed_forward else 0)
     stage_floats = STAGE + WORD // 2 * max(first.words, last.words)
-    stage = all_sums + take(address + 8) * 4 * (stage_floats + widest * sums_rows)
+    thread = take(address + 8)
+    stage = all_sums + thread * 4 * (stage_floats + widest * sums_rows)
     sums = stage + 4 * stage_floats
-    while True:
-        task = take(address)
-        if task >= tasks * blocks:
-            break
-        block, step = task // tasks, task % tasks
+    home = thread * blocks // call.threads
+    for nth in range(blocks):
+        block = (home + nth) % blocks
         width = WIDEST if block < blocks - 1 else last_width
-        packed = address + CALL_BYTES + 16 * block
+        taken = address + CALL_BYTES + 24 * block
+        packed, activated = taken + 8, taken + 16
         panel, hidden = panels + block * panel_bytes, hiddens_panels + block * hidden_bytes
-        if step < packs:
-            _pack(call, first, panel, block, step, width, stage)
-            take(packed)
-            continue
-        while look(packed) < packs:
-            pass
-        if step < packs + hiddens:
-            _hidden(layer, panel, hidden, step - packs, width, sums, stage)
-            take(packed + 8)
-            continue
-        while look(packed + 8) < hiddens:
-            pass
-        _output(call, last, hidden if feed_forward else panel, block, step - packs - hiddens, width, sums, stage)
+        task = take(taken)
+        while task < tasks:
+            if task < packs:
+                _pack(call, first, panel, block, task, width, stage)
+                take(packed)
+            else:
+                while look(packed) < packs:
+                    pass
+                if task < packs + hiddens:
+                    _hidden(layer, panel, hidden, task - packs, width, sums, stage)
+                    take(activated)
+                else:
+                    while look(activated) < hiddens:
+                        pass
+                    source = hidden if feed_forward else panel
+                    _output(call, last, source, block, task - packs - hiddens, width, sums, stage)
+            task = take(taken)
 
 
 def compile_worker() -> Any:
