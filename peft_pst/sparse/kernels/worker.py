@@ -4,9 +4,9 @@ A program is one sparse linear layer, or a feed-forward block of two or three. I
 block the tasks are, in this order: turn the activations into a panel [in, tokens], tile by tile; multiply a chunk of
 hidden rows and activate it, into a second panel; multiply a chunk of output rows.
 
-Each thread begins with another block, so that a panel is read by the core that wrote it, and helps with the others when
-that one has no more tasks. Threads in a block take its tasks from one counter, and before a task wait for those that it
-needs: they were taken earlier, so they are under way.
+Each thread begins with another block, so that a panel is read by the core that wrote it, and helps with the others
+when that one has no more tasks. Threads in a block take its tasks from one counter, and before a task wait for those
+that it needs: they were taken earlier, so they are under way.
 """
 
 from __future__ import annotations
