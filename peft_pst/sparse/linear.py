@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import serving
+from . import operations, serving
 from .storage import Description, Values, decode, encode
 
 PREFIX = "weight_"
@@ -46,7 +46,7 @@ class SparseLinear(nn.Module):
             self.register_buffer(PREFIX + name, part)
         self.register_parameter("bias", bias)
         self._served: serving.Served | None = None
-        self._handle = serving.register(self)
+        self._handle = operations.register(self)
 
     @classmethod
     def from_linear(
@@ -147,7 +147,7 @@ class SparseLinear(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._handle = serving.register(self)
+        self._handle = operations.register(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._served = None

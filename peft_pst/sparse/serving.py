@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import itertools
 import warnings
 import weakref
 from typing import TYPE_CHECKING
@@ -51,7 +50,7 @@ class Served:
     """The weight of a layer as the kernels read it."""
 
     def __init__(self, linear: SparseLinear) -> None:
-        from .kernels.choice import kernel_is_faster
+        from .kernels.choice import kernel_is_faster, row_of
         from .kernels.layer import Layer
         from .kernels.layout import pack
 
@@ -61,7 +60,7 @@ class Served:
         self._bias, self._bias_version = linear.bias, None if linear.bias is None else _version(linear.bias)
         self.packed = pack(values, kind, scales, linear.bias)
         self._layer = Layer(self.packed)
-        self._by_kernel = [kernel_is_faster(self.packed, tokens) for tokens in (1, 1, 3, 6, 12, 24, 48, 128)]
+        self._row_of, self._by_kernel = row_of, kernel_is_faster(self.packed)
         self._dense: Tensor | None = None
 
     @property
@@ -71,7 +70,7 @@ class Served:
 
     def runs_by_kernel(self, tokens: int) -> bool:
         """Whether the kernels compute so many tokens, and not a dense product."""
-        return self._by_kernel[min(tokens.bit_length(), len(self._by_kernel) - 1)]
+        return self._by_kernel[self._row_of(tokens)]
 
     def refresh(self) -> None:
         """See to it that the packed bias is that of the layer."""
@@ -133,10 +132,11 @@ def serve(linear: SparseLinear, x: Tensor) -> Tensor:
         return torch.ops.peft_pst.sparse_linear(x, linear._handle)
     if torch.is_grad_enabled() and (x.requires_grad or (linear.bias is not None and linear.bias.requires_grad)):
         return _Product.apply(x, linear.bias, linear)
-    return _product(linear, x)
+    return product(linear, x)
 
 
-def _product(linear: SparseLinear, x: Tensor) -> Tensor:
+def product(linear: SparseLinear, x: Tensor) -> Tensor:
+    """The forward of a layer that is served, without gradients."""
     return linear.pack().forward(x.float()).to(x.dtype)
 
 
@@ -146,17 +146,18 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: object, x: Tensor, bias: Tensor | None, linear: SparseLinear) -> Tensor:
         ctx.linear = linear
-        return _product(linear, x)
+        return product(linear, x)
 
     @staticmethod
     def backward(ctx: object, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         of_x, of_bias = ctx.needs_input_grad[:2]
         flat = grad.reshape(-1, grad.shape[-1])
         bias = flat.sum(0).to(ctx.linear.bias.dtype) if of_bias else None
-        return _gradient(ctx.linear, grad) if of_x else None, bias, None
+        return gradient(ctx.linear, grad) if of_x else None, bias, None
 
 
-def _gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
+def gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
+    """The gradient of the input, in the dtype of that of the output."""
     weight = linear.weight.to(grad.dtype)
     return grad @ (weight.T if linear.conv1d else weight)
 
@@ -204,56 +205,3 @@ def _warn_of_no_half() -> None:
 def _version(parameter: Tensor) -> int:
     """How often a tensor was changed in place; torch does not count it for one that was made in inference mode."""
     return 0 if parameter.is_inference() else parameter._version
-
-
-# torch.compile and torch.export see a product as one operation that names its layer by a number
-
-_HANDLES: weakref.WeakValueDictionary[int, SparseLinear] = weakref.WeakValueDictionary()
-_next_handle = itertools.count()
-
-
-def register(linear: SparseLinear) -> int:
-    """The number by which a graph names a layer."""
-    handle = next(_next_handle)
-    _HANDLES[handle] = linear
-    return handle
-
-
-def _layer(handle: int) -> SparseLinear:
-    if handle not in _HANDLES:
-        raise ValueError(
-            f"The sparse layer {handle} is not in this process: a graph with peft_pst.sparse_linear runs only where it"
-            " was made. Export the dense model instead: peft_pst.densify(model)."
-        )
-    return _HANDLES[handle]
-
-
-@torch.library.custom_op("peft_pst::sparse_linear", mutates_args=(), device_types="cpu")
-def _sparse_linear(x: Tensor, handle: int) -> Tensor:
-    return _product(_layer(handle), x)
-
-
-@_sparse_linear.register_fake
-def _(x: Tensor, handle: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], _layer(handle).out_features)
-
-
-@torch.library.custom_op("peft_pst::sparse_linear_gradient", mutates_args=(), device_types="cpu")
-def _sparse_linear_gradient(grad: Tensor, handle: int) -> Tensor:
-    return _gradient(_layer(handle), grad)
-
-
-@_sparse_linear_gradient.register_fake
-def _(grad: Tensor, handle: int) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _layer(handle).in_features)
-
-
-def _remember_handle(ctx: object, inputs: tuple, output: Tensor) -> None:
-    ctx.handle = inputs[1]
-
-
-def _backward(ctx: object, grad: Tensor) -> tuple[Tensor, None]:
-    return torch.ops.peft_pst.sparse_linear_gradient(grad, ctx.handle), None
-
-
-_sparse_linear.register_autograd(_backward, setup_context=_remember_handle)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import SparseLinear
-from peft_pst.sparse import serving
+from peft_pst.sparse import operations, serving
 
 pytest.importorskip("numba", reason="the kernels need the extra peft-pst[cpu]")
 
@@ -163,16 +163,17 @@ def test_a_dense_product_where_it_is_faster(monkeypatch):
 
 
 def test_the_choice_follows_the_table():
-    from peft_pst.sparse.kernels.choice import kernel_is_faster
+    from peft_pst.sparse.kernels.choice import COSTS, kernel_is_faster, row_of
     from peft_pst.sparse.kernels.layout import Kind, pack
 
     def packed(out, size, density):
         return pack(torch.randn(out, size) * (torch.rand(out, size) < density), Kind.FP32)
 
-    wide, narrow = packed(768, 768, 0.1), packed(32, 32, 0.1)
-    assert all(kernel_is_faster(wide, tokens) for tokens in (1, 2, 8, 31, 128, 4096))
-    assert not any(kernel_is_faster(narrow, tokens) for tokens in (1, 2, 8))
-    assert not any(kernel_is_faster(packed(768, 768, 0.9), tokens) for tokens in (1, 2, 8, 31, 128, 4096))
+    assert [row_of(tokens) for tokens in (1, 2, 3, 4, 31, 32, 63, 64, 4096)] == [0, 1, 1, 2, 4, 5, 5, 6, 6]
+    assert all(row_of(cost.tokens) == row for row, cost in enumerate(COSTS))
+    assert kernel_is_faster(packed(768, 768, 0.1)) == [True] * len(COSTS)
+    assert not any(kernel_is_faster(packed(32, 32, 0.1))[: row_of(8) + 1])
+    assert not any(kernel_is_faster(packed(768, 768, 0.9)))
 
 
 def test_a_wrong_input_is_named():
@@ -219,7 +220,7 @@ def test_export(by_kernel):
 def test_the_operations_are_registered_rightly(by_kernel):
     model = SparseLinear.from_linear(pruned())
     arguments = (torch.randn(3, 192, requires_grad=True), model._handle)
-    torch.library.opcheck(serving._sparse_linear, arguments)
+    torch.library.opcheck(operations._sparse_linear, arguments)
     del model
     with pytest.raises(ValueError, match=r"is not in this process: .* Export the dense model instead"):
         torch.ops.peft_pst.sparse_linear(*arguments)

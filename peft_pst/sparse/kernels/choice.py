@@ -6,7 +6,6 @@ MKL and oneDNN. What matters are their ratios, and these shift little between pr
 
 from __future__ import annotations
 
-import bisect
 from typing import NamedTuple
 
 from .layout import Kind, Packed
@@ -40,23 +39,37 @@ def _cost(tokens: int, dense: float, fp32: float, bf16: float, int8: float, move
 
 
 COSTS = (
-    _cost(1, 0.074, 0.243, 0.218, 0.21, 0.3),
-    _cost(3, 0.179, 0.359, 0.247, 0.235, 2.6),
-    _cost(6, 0.247, 0.376, 0.316, 0.309, 5.3),
-    _cost(12, 0.318, 0.415, 0.340, 0.329, 10.0),
-    _cost(24, 0.450, 0.610, 0.491, 0.472, 10.2),
-    _cost(48, 0.676, 1.070, 0.935, 0.911, 10.3),
-    _cost(128, 1.508, 2.249, 1.979, 1.931, 18.4),
+    _cost(1, 0.090, 0.191, 0.196, 0.190, 0.5),
+    _cost(3, 0.182, 0.336, 0.240, 0.240, 2.4),
+    _cost(6, 0.233, 0.338, 0.308, 0.302, 5.2),
+    _cost(12, 0.293, 0.371, 0.310, 0.306, 9.4),
+    _cost(24, 0.442, 0.567, 0.467, 0.453, 9.7),
+    _cost(48, 0.690, 1.009, 0.895, 0.860, 13.3),
+    _cost(128, 1.472, 2.078, 1.868, 1.781, 19.9),
 )
+"""For 1 token, for 2 to 3, for 4 to 7 and so on, and for 64 or more."""
 
 
-def kernel_is_faster(packed: Packed, tokens: int) -> bool:
-    """Whether the kernels are, for a weight and a number of tokens; between two of the table the lower one counts."""
-    cost = COSTS[bisect.bisect_right(COSTS, tokens, key=lambda cost: cost.tokens) - 1]
+def row_of(tokens: int) -> int:
+    """The place in `COSTS` for a number of tokens; none at all count as many."""
+    return min(tokens.bit_length(), len(COSTS)) - 1
+
+
+def kernel_is_faster(packed: Packed) -> list[bool]:
+    """Whether the kernels are, for a weight and each row of `COSTS`."""
+    return [MARGIN * _by_kernel(packed, cost) < _by_dense(packed, cost) for cost in COSTS]
+
+
+def _by_kernel(packed: Packed, cost: Cost) -> float:
     out, size = packed.shape
-    dense = cost.dense if tokens > 1 or out * size <= IN_CACHE else BEYOND_CACHE
-    if tokens == 1 and packed.bits is not None:
-        kernel = BITMASK * out * size
+    if cost.tokens == 1 and packed.bits is not None:
+        products = BITMASK * out * size
     else:
-        kernel = cost.values[packed.kind] * packed.values.numel()
-    return MARGIN * (KERNEL_CALL + cost.moved * (out + size) + kernel) < DENSE_CALL + dense * out * size
+        products = cost.values[packed.kind] * packed.values.numel()
+    return KERNEL_CALL + cost.moved * (out + size) + products
+
+
+def _by_dense(packed: Packed, cost: Cost) -> float:
+    out, size = packed.shape
+    entry = BEYOND_CACHE if cost.tokens == 1 and out * size > IN_CACHE else cost.dense
+    return DENSE_CALL + entry * out * size

@@ -1,15 +1,25 @@
 """Random weights and activations for the kernels, and what they should compute, in float64."""
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_pst.sparse.kernels.layout import Kind, Packed, pack
 from peft_pst.sparse.kernels.target import WIDEST
 
 DTYPES = {Kind.FP32: torch.float32, Kind.BF16: torch.bfloat16, Kind.INT8: torch.int8, Kind.FP16: torch.float16}
+
+FUNCTIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
 class Weight(NamedTuple):

@@ -1,4 +1,3 @@
-import functools
 import math
 
 import numpy as np
@@ -7,21 +6,13 @@ import torch
 
 pytest.importorskip("numba", reason="the kernels need the extra peft-pst[cpu]")
 
-import torch.nn.functional as F
 from numba import njit, types
+from sparse.kernels.cases import FUNCTIONS
 
 from peft_pst.sparse.kernels import activations, emit, worker
 from peft_pst.sparse.kernels.layer import Layer
 from peft_pst.sparse.kernels.layout import Kind, pack
 from peft_pst.sparse.kernels.target import LANES
-
-FUNCTIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
 
 
 def apply(activation, x):

@@ -1,6 +1,5 @@
 import copy
 import ctypes
-import functools
 import itertools
 import pickle
 import threading
@@ -10,22 +9,14 @@ import torch
 
 pytest.importorskip("numba", reason="the kernels need the extra peft-pst[cpu]")
 
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sparse.kernels.cases import error, has_16_bits, make
+from sparse.kernels.cases import FUNCTIONS, error, has_16_bits, make
 
 from peft_pst.sparse.kernels import layer as module
 from peft_pst.sparse.kernels.layer import Layer
 from peft_pst.sparse.kernels.layout import Kind
 
-FUNCTIONS = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
 TOKENS = [1, 2, 4, 5, 8, 9, 15, 16, 17, 32, 33, 63, 64, 65, 100, 130]
 """Every width of a panel, full and not, and several blocks."""
 WIDER = {
