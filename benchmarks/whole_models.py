@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 import peft_pst
 from peft_pst import PSTConfig, format_table
+from peft_pst.bench import Runtime
 from peft_pst.bench.timing import NEW_TOKENS, PROMPT, decoding, random_tokens, threads_of_torch
 from peft_pst.bench.variants import Variant
 
@@ -151,7 +152,7 @@ def main() -> None:
             if args.profile:
                 print_profiles(folder, shapes[folder], args.repeats)
                 continue
-            others = {RUNTIME: onnx_session(folder, args.threads)} if folder == args.minilm else {}
+            others = {RUNTIME: Runtime(onnx_session(folder, args.threads))} if folder == args.minilm else {}
             found = peft_pst.bench(folder, shapes=shapes[folder], repeats=args.repeats, others=others)
             print(f"\n{found.table()}")
     shutil.rmtree(args.output)

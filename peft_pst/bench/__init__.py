@@ -3,5 +3,6 @@
 from .benchmark import bench
 from .figure import plot_bench
 from .result import Bench, Latency, Measured
+from .variants import Runtime
 
-__all__ = ["Bench", "Latency", "Measured", "bench", "plot_bench"]
+__all__ = ["Bench", "Latency", "Measured", "Runtime", "bench", "plot_bench"]

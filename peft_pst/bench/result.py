@@ -24,10 +24,13 @@ class Measured:
     latency: dict[str, Latency]
     """By the shape of the batch, such as "8x128": sequences x tokens."""
     tokens_per_second: float | None
-    """Of one sequence that is decoded, the median of all rounds; None where the model does not generate."""
+    """Of one sequence that is decoded, the median of all rounds; None where nothing generates."""
     resident_bytes: int | None
-    """See `peft_pst.bench.memory`; None for what does not come from a folder, and so below."""
+    """See `peft_pst.bench.memory`; None for another runtime."""
     file_bytes: int | None
+    """Of its weights on disk; None where they are not known."""
+    accuracy: float | None
+    """The share of labelled texts that it finds the class of; None without such texts."""
 
 
 class Row(NamedTuple):
@@ -69,28 +72,29 @@ class Bench:
             for quantile in ("p50", "p95"):
                 times = tuple(getattr(one.latency[shape], quantile) for one in self.measured)
                 rows.append(Row(f"{shape}, {quantile}", "ms", times))
-        if self.measured[0].tokens_per_second is not None:
-            rows.append(Row("decoding", "tokens/s", tuple(one.tokens_per_second for one in self.measured)))
-        for quantity, field in (("resident memory", "resident_bytes"), ("file", "file_bytes")):
-            sizes = (getattr(one, field) for one in self.measured)
-            rows.append(Row(quantity, "MB", tuple(None if size is None else size / 1e6 for size in sizes)))
+        for quantity, unit, field, scale in (
+            ("decoding", "tokens/s", "tokens_per_second", 1),
+            ("resident memory", "MB", "resident_bytes", 1e-6),
+            ("file", "MB", "file_bytes", 1e-6),
+            ("accuracy", "%", "accuracy", 100),
+        ):
+            values = tuple(getattr(one, field) for one in self.measured)
+            if values[0] is not None:
+                rows.append(Row(quantity, unit, tuple(None if value is None else scale * value for value in values)))
         return rows
 
     def table(self) -> str:
-        """A row for each quantity; each way to run the model has a column, and, but for the first, one beside it with
-        the quantity as a multiple of the first one's. Below the table is what it was measured on."""
-        first, *others = (one.name for one in self.measured)
-        header = ["", first]
-        for name in others:
-            header += [name, f"to {first}"]
-        rows = []
-        for quantity, unit, (value, *values) in self.rows():
-            cells = [quantity, _cell(value, unit)]
-            for other in values:
-                cells += [_cell(other, unit), "" if other is None else f"{other / value:.2f}"]
-            rows.append(cells)
-        return f"{format_table(header, rows)}\n\n({self.measured_on()})"
+        """A row for each way to run the model, a column for each quantity; in brackets, but for the accuracy, as a
+        multiple of the first one's. Below the table is what it was measured on."""
+        rows = self.rows()
+        lines = [[one.name, *(_cell(row, number) for row in rows)] for number, one in enumerate(self.measured)]
+        return f"{format_table(['', *(row.quantity for row in rows)], lines)}\n\n({self.measured_on()})"
 
 
-def _cell(value: float | None, unit: str) -> str:
-    return "" if value is None else f"{value:,.1f} {unit}"
+def _cell(row: Row, number: int) -> str:
+    value = row.values[number]
+    if value is None:
+        return ""
+    if number == 0 or row.quantity == "accuracy":
+        return f"{value:,.1f} {row.unit}"
+    return f"{value:,.1f} {row.unit} ({value / row.values[0]:.2f})"

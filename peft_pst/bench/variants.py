@@ -1,18 +1,34 @@
-"""The ways to run one model that are compared: dense in fp32 and bf16, and sparse."""
+"""The ways to run one model that are compared: dense in fp32 and bf16, sparse, and in other runtimes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from ..opening import open_model
 from ..sparse.checkpoint import save_pretrained
 from ..sparse.linear import SparseLinear
 from ..sparse.quantizer import densify
+
+Forward = Callable[..., Tensor]
+"""Called with `input_ids` and `attention_mask`, int64 [sequences, tokens], gives the model's logits, or else its first
+output."""
+
+
+class Runtime(NamedTuple):
+    """A model in another runtime."""
+
+    forward: Forward
+    file_bytes: int | None = None
+    """Of its weights on disk."""
+    generator: Any = None
+    """What generates text with it, by `generate` as transformers has it."""
 
 
 class Variant(NamedTuple):
@@ -35,6 +51,16 @@ class Variant(NamedTuple):
     def file_bytes(self) -> int:
         """What its weights take on disk."""
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+def forward_of(model: PreTrainedModel) -> Forward:
+    """A model of transformers as what is compared."""
+
+    def forward(**inputs: Tensor) -> Tensor:
+        output = model(**inputs)
+        return output.logits if "logits" in output else output[0]
+
+    return forward
 
 
 def class_of(folder: Path) -> type[PreTrainedModel]:

@@ -10,11 +10,19 @@ from types import ModuleType
 import pytest
 import torch
 from peft import get_peft_model
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import AutoModelForSeq2SeqLM, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
 from peft_pst import Bench, PSTConfig, SparseLinear, bench, cli, densify, plot_bench, save_pretrained
-from peft_pst.bench import Latency, Measured
+from peft_pst.bench import Latency, Measured, Runtime
 
 pytestmark = pytest.mark.filterwarnings("ignore:The model's sparse weights stay compressed")
 
@@ -61,6 +69,12 @@ def pruned(model):
 def classifier(bert, tmp_path):
     save_pretrained(pruned(bert(max_position_embeddings=16)), tmp_path / "classifier")
     return tmp_path / "classifier"
+
+
+def word_tokenizer(words):
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[PAD]", "[UNK]", *words])}, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
 @pytest.fixture
@@ -152,8 +166,7 @@ def test_a_language_model_decodes(llama, monkeypatch):
     found = bench(folder, shapes=[(1, 8)], repeats=1)
     assert lengths == [(1, 96)] * 6  # a round before the one that counts
     assert all(one.tokens_per_second > 0 for one in found.measured)
-    row = next(line for line in found.table().splitlines() if line.startswith("| decoding"))
-    assert row.count("tokens/s") == 3
+    assert found.table().count("tokens/s") == 3
 
 
 def test_a_token_that_ends_the_text_does_not_end_it():
@@ -185,17 +198,52 @@ def test_inputs_are_the_same_in_each_call():
 
 def test_others_are_measured_beside(classifier):
     shapes = []
-    found = bench(
-        classifier,
-        shapes=[(1, 8), (3, 4)],
-        repeats=2,
-        others={"mine": lambda input_ids, attention_mask: shapes.append((*input_ids.shape, *attention_mask.shape))},
-    )
+    mine = Runtime(lambda input_ids, attention_mask: shapes.append((*input_ids.shape, *attention_mask.shape)), 3000)
+    found = bench(classifier, shapes=[(1, 8), (3, 4)], repeats=2, others={"mine": mine})
     assert shapes == [(1, 8, 1, 8)] * 3 + [(3, 4, 3, 4)] * 3
-    assert [one.name for one in found.measured] == [*NAMES, "mine"] and found.measured[-1].file_bytes is None
-    lines = found.table().splitlines()
-    assert cells(lines[0])[-2:] == ["mine", "to dense fp32"]
-    assert cells(next(line for line in lines if line.startswith("| file")))[-2:] == ["", ""]
+    assert [one.name for one in found.measured] == [*NAMES, "mine"] and found.measured[-1].file_bytes == 3000
+    line = cells(next(line for line in found.table().splitlines() if line.startswith("| mine")))
+    assert line[-2] == "" and line[-1].startswith("0.0 MB")
+
+
+def test_another_runtime_decodes_too(llama):
+    folder = llama()
+    other = Runtime(lambda **inputs: None, generator=variants.open_model(folder))
+    found = bench(
+        folder, shapes=[(1, 8)], repeats=1, others={"mine": other, "no decoder": Runtime(lambda **inputs: None)}
+    )
+    assert found.measured[3].tokens_per_second > 0 and found.measured[4].tokens_per_second is None
+
+
+@pytest.fixture
+def labelled(classifier):
+    """The folder with a tokenizer, texts of several lengths, and the classes that the dense model in float64 finds."""
+    tokenizer = word_tokenizer([f"w{i}" for i in range(90)])
+    tokenizer.save_pretrained(classifier)
+    texts = [" ".join(f"w{(7 * i + j * j) % 90}" for j in range(1 + i % 9)) for i in range(70)]
+    model = densify(variants.open_model(classifier)).double()
+    with torch.no_grad():
+        classes = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    return texts, classes
+
+
+def test_accuracy_is_that_of_texts_one_by_one(classifier, labelled):
+    texts, classes = labelled
+    labels = [1 - one if i % 10 == 0 else one for i, one in enumerate(classes)]
+    contrary = Runtime(lambda **inputs: -variants.open_model(classifier)(**inputs).logits)
+    found = bench(classifier, shapes=[(1, 8)], repeats=1, texts=texts, labels=labels, others={"contrary": contrary})
+    fp32, bf16, sparse, other = (one.accuracy for one in found.measured)
+    assert fp32 == sparse == pytest.approx(0.9) and other == pytest.approx(0.1) and abs(bf16 - 0.9) < 0.1
+    assert [cells(line)[-1] for line in found.table().splitlines()[:3:2]] == ["accuracy", "90.0 %"]
+
+
+def test_labels_that_do_not_fit(classifier, llama):
+    with pytest.raises(ValueError, match="2 texts have 1 labels: expected one for each"):
+        bench(classifier, texts=["a", "b"], labels=[1])
+    folder = llama()
+    word_tokenizer(["a", "b"]).save_pretrained(folder)
+    with pytest.raises(ValueError, match=r"The output for 2 texts has the shape \(2, \d+, 99\): labels need a model"):
+        bench(folder, shapes=[(1, 8)], texts=["a b", "b"], labels=[1, 0])
 
 
 def test_threads_are_set_while_it_measures(classifier):
@@ -206,7 +254,7 @@ def test_threads_are_set_while_it_measures(classifier):
         shapes=[(1, 8)],
         threads=before + 1,
         repeats=1,
-        others={"mine": lambda **inputs: seen.append(torch.get_num_threads())},
+        others={"mine": Runtime(lambda **inputs: seen.append(torch.get_num_threads()))},
     )
     assert seen == [before + 1] * 2 and found.threads == before + 1 and torch.get_num_threads() == before
 
@@ -220,24 +268,39 @@ def result():
         repeats=20,
         versions={"torch": "2.13.0"},
         measured=(
-            Measured("dense fp32", {"1x128": Latency(40.0, 50.0)}, 20.0, 100_000_000, 90_000_000),
-            Measured("dense bf16", {"1x128": Latency(20.0, 20.0)}, 30.0, 50_000_000, 45_000_000),
-            Measured("sparse fp32", {"1x128": Latency(10.0, 11.0)}, 50.0, 60_000_000, 9_000_000),
+            Measured("dense fp32", {"1x128": Latency(40.0, 50.0)}, 20.0, 100_000_000, 90_000_000, 0.975),
+            Measured("dense bf16", {"1x128": Latency(20.0, 20.0)}, 30.0, 50_000_000, 45_000_000, 0.97),
+            Measured("sparse fp32", {"1x128": Latency(10.0, 11.0)}, 50.0, 60_000_000, 9_000_000, 0.8),
         ),
     )
 
 
 def test_table(result):
     lines = result.table().splitlines()
-    assert [cells(line) for line in lines[2:7]] == [
-        ["1x128, p50", "40.0 ms", "20.0 ms", "0.50", "10.0 ms", "0.25"],
-        ["1x128, p95", "50.0 ms", "20.0 ms", "0.40", "11.0 ms", "0.22"],
-        ["decoding", "20.0 tokens/s", "30.0 tokens/s", "1.50", "50.0 tokens/s", "2.50"],
-        ["resident memory", "100.0 MB", "50.0 MB", "0.50", "60.0 MB", "0.60"],
-        ["file", "90.0 MB", "45.0 MB", "0.50", "9.0 MB", "0.10"],
+    header = ["", "1x128, p50", "1x128, p95", "decoding", "resident memory", "file", "accuracy"]
+    assert cells(lines[0]) == header
+    assert [cells(line) for line in lines[2:5]] == [
+        ["dense fp32", "40.0 ms", "50.0 ms", "20.0 tokens/s", "100.0 MB", "90.0 MB", "97.5 %"],
+        [
+            "dense bf16",
+            "20.0 ms (0.50)",
+            "20.0 ms (0.40)",
+            "30.0 tokens/s (1.50)",
+            "50.0 MB (0.50)",
+            "45.0 MB (0.50)",
+            "97.0 %",
+        ],
+        [
+            "sparse fp32",
+            "10.0 ms (0.25)",
+            "11.0 ms (0.22)",
+            "50.0 tokens/s (2.50)",
+            "60.0 MB (0.60)",
+            "9.0 MB (0.10)",
+            "80.0 %",
+        ],
     ]
-    assert cells(lines[0]) == ["", NAMES[0], NAMES[1], "to dense fp32", NAMES[2], "to dense fp32"]
-    assert lines[7:] == ["", "(BertModel; a processor, 2 threads, torch 2.13.0; rounds: 20)"]
+    assert lines[5:] == ["", "(BertModel; a processor, 2 threads, torch 2.13.0; rounds: 20)"]
 
 
 def test_json(result):
@@ -249,13 +312,17 @@ def test_json(result):
 def test_figure(result, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra peft-pst[plot]")
     figure = plot_bench(result, tmp_path / "new" / "bench.png")
-    drawn = {axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in figure.axes if axes.get_title()}
+    drawn = {axes.get_title(): [bar.get_width() for bar in axes.patches] for axes in figure.axes if axes.patches}
     assert drawn == {
         "1x128, p50 (ms)": [50, 40, 20, 20, 11, 10],
         "decoding (tokens/s)": [20, 20, 30, 30, 50, 50],
         "resident memory (MB)": [100, 100, 50, 50, 60, 60],
         "file (MB)": [90, 90, 45, 45, 9, 9],
     }
+    points = {
+        tuple(point) for axes in figure.axes for drawn in axes.collections for point in drawn.get_offsets().tolist()
+    }
+    assert points == {(1, 97.5), (2, 97), (4, 80)}
     assert (tmp_path / "new" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
