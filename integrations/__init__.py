@@ -2,6 +2,6 @@
 
 from .cards import model_card
 from .hub import push_to_hub
-from .trainer import PSTCallback
+from .trainer import PSTCallback, PSTTrainer
 
-__all__ = ["PSTCallback", "model_card", "push_to_hub"]
+__all__ = ["PSTCallback", "PSTTrainer", "model_card", "push_to_hub"]

@@ -7,6 +7,7 @@ transformers' `load_adapter` understand `PSTConfig` and the adapters that it mad
 from .bench import Bench, bench, plot_bench
 from .calibration import calibrate
 from .config import PSTConfig
+from .distillation import Distillation, DistillationConfig
 from .layer import PSTLayer
 from .model import PSTModel
 from .opening import open_model
@@ -31,11 +32,14 @@ from .sparse.linear import SparseLinear
 from .sparse.quantizer import densify
 from .sparse.quantizer import register as register_checkpoint
 from .sparse.verify import verify
+from .structured.shrink import shrink
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Bench",
+    "Distillation",
+    "DistillationConfig",
     "PSTConfig",
     "PSTLayer",
     "PSTModel",
@@ -58,6 +62,7 @@ __all__ = [
     "plot_sparsity",
     "report",
     "save_pretrained",
+    "shrink",
     "tensor_sparsity",
     "verify",
 ]

@@ -8,10 +8,12 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.markdown import Markdown
@@ -180,6 +182,28 @@ def card(
 
 
 @app.command()
+def export(
+    folder: Folder,
+    output: Annotated[Path, typer.Argument(help="Where to: a new folder.")],
+    task: Annotated[str | None, typer.Option(help="What it is for, in optimum's words; otherwise found out.")] = None,
+    base: Base = None,
+    shrink: Annotated[bool, typer.Option("--shrink", help="Remove what is zero as a whole before.")] = False,
+    sparse: Annotated[bool, typer.Option(help="Leave zeros out of the file where that is smaller.")] = True,
+    quantize: Annotated[Literal["int8"] | None, typer.Option(help="Quantize the weights.")] = None,
+    tolerance: Annotated[float, typer.Option(help="How far an output may be from PyTorch's.")] = 1e-4,
+) -> None:
+    """Export a model, or an adapter merged into its base model, to ONNX, and compare it with PyTorch.
+
+    Example: `peft-pst export outputs/small outputs/onnx`
+    """
+    from .integrations.onnx import export as export_to_onnx
+
+    export_to_onnx(
+        folder, output, task, base=base, shrink=shrink, sparse=sparse, quantize=quantize, tolerance=tolerance
+    )
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="A folder with config.json, or the model's name on the Hub.")],
     sparsity: Annotated[float, typer.Option(help="Share of the target weights that PST prunes.")] = 0.9,
@@ -225,18 +249,39 @@ def bench(
     shapes: Annotated[str, typer.Option(help="Batches, sequences x tokens.")] = "1x128,8x128,1x32",
     threads: Annotated[int | None, typer.Option(help="How many torch computes with.")] = None,
     repeats: Annotated[int, typer.Option(help="How many rounds count.")] = 20,
+    runtimes: Annotated[
+        str | None,
+        typer.Option(help="Measure it in these too, in fp32 and int8: onnx, openvino, or both with a comma."),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV file with the columns `text` and `label`: a classifier's accuracy is measured on it."
+        ),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
     json_file: Json = None,
 ) -> None:
     """How fast a whole model is, dense and sparse side by side, and what it takes in memory and on disk.
 
-    Example: `peft-pst bench outputs/small --shapes 1x128,8x128 --threads 2 --figure outputs/bench.png`
+    Example: `peft-pst bench outputs/small --threads 2 --runtimes onnx --data test.csv --figure outputs/bench.png`
     """
     from .bench import bench as measure
     from .bench import plot_bench
     from .bench.benchmark import parse_shapes
+    from .integrations.runtimes import RUNTIMES, parse_runtimes
 
-    found = measure(folder, shapes=parse_shapes(shapes), threads=threads, repeats=repeats)
+    batches, names = parse_shapes(shapes), parse_runtimes(runtimes)
+    texts, labels = (None, None) if data is None else _read(data, AutoConfig.from_pretrained(folder).label2id)
+    if data is not None and labels is None:
+        raise ValueError(f"{str(data)!r} has no column `label`: expected the class of each text, for the accuracy.")
+    with tempfile.TemporaryDirectory() as work:
+        others = {}
+        for name in names:
+            others |= RUNTIMES[name](folder, Path(work), threads or torch.get_num_threads(), texts)
+        found = measure(
+            folder, shapes=batches, threads=threads, repeats=repeats, others=others, texts=texts, labels=labels
+        )
     _show(found.table())
     _write_json(json_file, found.to_dict())
     if figure is not None:

@@ -16,6 +16,7 @@ from .budget import set_sparsity
 from .config import PSTConfig
 from .coupling import Coupling, find_couplings
 from .functional import Method
+from .labels import share_of_step
 from .layer import PSTLayer, active_layers, overall_sparsity
 from .linear import Linear
 from .patterns import COUPLED, parse_pattern
@@ -73,7 +74,10 @@ class PSTModel(BaseTuner):
         """The model's output; in training its loss, if it has one, holds the penalty too."""
         output = super().forward(*args, **kwargs)
         if self.training and isinstance(getattr(output, "loss", None), Tensor):
-            output.loss = output.loss + self.penalty()
+            penalty = self.penalty()
+            if "num_items_in_batch" in kwargs:  # one of several batches of a step
+                penalty = penalty * share_of_step(self.model, kwargs["labels"], kwargs["num_items_in_batch"])
+            output.loss = output.loss + penalty
         return output
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .files import replacing
 from .linear import PREFIX, SparseLinear
-from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of
+from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of, widths_in
 from .storage import Description, Values, encode
 
 INDEX = "model.safetensors.index.json"
@@ -117,6 +117,13 @@ def _has_sparse_layers(model: PreTrainedModel) -> bool:
 def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size: int) -> None:
     weights: dict[str, dict] = {}
     checksums: dict[str, dict[str, int]] = {}
+    widths, biases = widths_in(model.config)
+    # one weight of another size than the config says is stored as it is: a reader that ignores the entry fails at it
+    as_it_is = next(iter(widths), None)
+    if as_it_is and isinstance(model.get_submodule(as_it_is), SparseLinear):
+        model = copy.deepcopy(model)
+        parent, _, child = as_it_is.rpartition(".")
+        setattr(model.get_submodule(parent), child, model.get_submodule(as_it_is).to_linear())
     shards: list[dict[str, int]] = []  # the tensors of each file and their bytes
     shard: dict[str, Tensor] = {}
     size = 0  # of the shard, bytes
@@ -130,7 +137,9 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     for name, module, tensor in tqdm(
         entries, desc="saving", unit="tensor", disable=None if len(entries) > 100 else True
     ):
-        for key, part in _parts(name, module, tensor, values, weights).items():
+        whole = name == f"{as_it_is}.weight"
+        parts = {name: tensor} if whole else _parts(name, module, tensor, values, weights)
+        for key, part in parts.items():
             if shard and size + _bytes(part) > max_shard_size:
                 flush()
                 size = 0
@@ -145,9 +154,10 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "digest": digest_of(weights, checksums),
+        "digest": digest_of(weights, checksums, widths, biases),
         "weights": weights,
         "checksums": checksums,
+        **({"widths": widths, "biases": biases} if widths else {}),
     }
     config.save_pretrained(folder)
     if model.can_generate():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -16,6 +18,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..structured.widths import find_structures, set_widths
 from .acceleration import accelerate_opened
 from .dense_product import restore_dense_layers
 from .feed_forward import separate_feed_forward
@@ -33,7 +36,10 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
     Args:
         weights: of each stored weight, by its module: codec, shape and dtype, and dtype and shape of its parts.
         checksums: of each tensor in the file, the CRC-32 of its bytes in each dtype that it may be loaded as.
-        digest: the CRC-32 of these two; None in a config that transformers writes when it saves an opened model.
+        widths: how many neurons or heads a structure has that `shrink` made smaller than the rest of the config says,
+            by its first layer.
+        biases: linear layers that have a bias, unlike those of the architecture.
+        digest: the CRC-32 of all these; None in a config that transformers writes when it saves an opened model.
         version: of the layout.
 
     Raises:
@@ -46,6 +52,8 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
         checksums: dict[str, dict[str, int]],
         digest: int | None = None,
         version: int = VERSION,
+        widths: dict[str, int] | None = None,
+        biases: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
         if version > VERSION:
@@ -53,7 +61,8 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
                 f"The checkpoint has version {version} of the layout {QUANT_METHOD}, but this peft-pst reads up to "
                 f"{VERSION}: upgrade it with pip install -U peft-pst."
             )
-        if digest is not None and digest != digest_of(weights, checksums):
+        self.widths, self.biases = widths or {}, biases or []
+        if digest is not None and digest != digest_of(weights, checksums, self.widths, self.biases):
             raise ValueError(
                 "The quantization_config in config.json is not the one that was saved: its digest is wrong, so the "
                 "file was damaged or edited. Download or save the checkpoint again."
@@ -68,6 +77,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        _resize(model, self.quantization_config)
         modules = dict(model.named_modules())
         for name, entry in self.quantization_config.weights.items():
             name = next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
@@ -119,14 +129,19 @@ class SparseCheckpointQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether the stored weights train."""
-        return False
+        """Whether all weights train: those that are stored sparse do not."""
+        return not self.quantization_config.weights
 
 
 def densify(model: nn.Module) -> nn.Module:
     """Replace every `SparseLinear` of a model by the dense layer, in place: it is an ordinary model again."""
-    opened_sparse = isinstance(getattr(model, "hf_quantizer", None), SparseCheckpointQuantizer)
-    return model.dequantize() if opened_sparse else _with_dense_layers(model)
+    if not isinstance(getattr(model, "hf_quantizer", None), SparseCheckpointQuantizer):
+        return _with_dense_layers(model)
+    widths, biases = widths_in(model.config)
+    model = model.dequantize()
+    if widths:  # the model still has them
+        model.config.quantization_config = SparseCheckpointConfig({}, {}, widths=widths, biases=biases)
+    return model
 
 
 def _with_dense_layers(model: nn.Module) -> nn.Module:
@@ -153,9 +168,35 @@ def checksums_of(tensor: Tensor) -> dict[str, int]:
     return {str(dtype).removeprefix("torch."): checksum(tensor.to(dtype)) for dtype in sorted(dtypes, key=str)}
 
 
-def digest_of(weights: dict[str, dict], checksums: dict[str, dict[str, int]]) -> int:
+def digest_of(
+    weights: dict[str, dict], checksums: dict[str, dict[str, int]], widths: dict[str, int], biases: list[str]
+) -> int:
     """The CRC-32 of what describes a checkpoint, as JSON without spaces and with sorted keys."""
-    return zlib.crc32(json.dumps([weights, checksums], sort_keys=True, separators=(",", ":")).encode())
+    described = [weights, checksums, *([widths, biases] if widths else [])]
+    return zlib.crc32(json.dumps(described, sort_keys=True, separators=(",", ":")).encode())
+
+
+def widths_in(config: PretrainedConfig) -> tuple[dict[str, int], list[str]]:
+    """The widths and biases of a model that no config of its architecture can say; empty for most models."""
+    entry = getattr(config, "quantization_config", None)
+    return (entry.widths, entry.biases) if isinstance(entry, SparseCheckpointConfig) else ({}, [])
+
+
+def _resize(model: nn.Module, entry: SparseCheckpointConfig) -> None:
+    """Give a new model the widths of the checkpoint; the entry goes on with the names that its class has."""
+    if not entry.widths:
+        return
+    structures, modules = find_structures(model), dict(model.named_modules())
+
+    def spelled(name: str, known: Container[str]) -> str | None:
+        return next((spelling for spelling in _spellings(model, name) if spelling in known), None)
+
+    widths = {spelled(name, structures): kept for name, kept in entry.widths.items()}
+    biases = [spelled(name, modules) for name in entry.biases]
+    # None is a layer that this model class has not
+    entry.widths = {name: kept for name, kept in widths.items() if name is not None}
+    entry.biases = [name for name in biases if name is not None]
+    set_widths(model, entry.widths, entry.biases)
 
 
 def _spellings(model: nn.Module, name: str) -> tuple[str, str, str]:

@@ -1,0 +1,264 @@
+"""Distillation: losses against a dense teacher, by default the frozen weights that are under the mask anyway."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from .labels import IGNORED, predicts_next, without_adapter
+
+LOSSES = ("logits", "last_hidden_state", "hidden_states")
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """What training against a dense teacher adds to the task's loss.
+
+    The whole loss is `task` times the task's, plus each of the three others times its weight.
+
+    Args:
+        teacher (*optional*):
+            `None` for the frozen base model, which the adapter is switched off for: it takes no memory, but knows the
+            task only as far as the base model does. The folder of a PEFT adapter that was trained on the same base
+            model, such as a LoRA: it shares the frozen weights. Or a model, of the same vocabulary or classes.
+        task (`float`):
+            Weight of the loss that the model computes from the labels.
+        logits (`float`):
+            Weight of T² KL(teacher || student) of the softened predictions (Hinton et al., arXiv 1503.02531).
+        last_hidden_state (`float`):
+            Weight of half the squared distance of the last hidden states (LightChatGLM).
+        hidden_states (`float`):
+            Weight of SquareHead (arXiv 2310.06927): of each layer the squared distance of the hidden states, relative
+            to the teacher's, and the mean over the layers.
+        temperature (`float`):
+            T, that logits are divided by.
+
+    Raises:
+        ValueError: if a weight is negative, all of the teacher's are zero, or the temperature is not positive.
+    """
+
+    teacher: nn.Module | str | os.PathLike | None = None
+    task: float = 1.0
+    logits: float = 1.0
+    last_hidden_state: float = 0.0
+    hidden_states: float = 0.0
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("task", *LOSSES):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name}={getattr(self, name)}: expected the weight of a loss, at least 0.")
+        if not any(getattr(self, name) for name in LOSSES):
+            raise ValueError(f"{', '.join(LOSSES)} are all 0, so that the teacher teaches nothing: give one a weight.")
+        if not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected more than 0; 1 leaves logits as they are.")
+
+    @property
+    def needs_hidden_states(self) -> bool:
+        """Whether teacher and student give their hidden states."""
+        return bool(self.last_hidden_state or self.hidden_states)
+
+
+class Distillation:
+    """The teacher of a model, and its losses.
+
+    Args:
+        model: the student, with its adapter.
+        config: what is distilled.
+
+    Raises:
+        ValueError: if the teacher is to have the frozen weights of the model, and the model has no adapter.
+    """
+
+    def __init__(self, model: nn.Module, config: DistillationConfig) -> None:
+        self.config = config
+        self._student = model
+        self._teacher = config.teacher
+        if not isinstance(config.teacher, nn.Module):
+            if not isinstance(model, PeftModel):
+                raise ValueError(
+                    f"teacher={config.teacher!r} is about the frozen weights under an adapter, but the model is a "
+                    f"{type(model).__name__} without one: give a model as the teacher, or call get_peft_model first."
+                )
+            if config.teacher is not None:
+                self._teacher = _adapted(model, config.teacher)
+            elif config.logits and any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
+                _warn_of_the_head()
+        if self._teacher is not None:
+            self._teacher.to(next(model.parameters()).device).eval()
+
+    def request(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of the student, with what the losses need of its outputs."""
+        return {**inputs, "output_hidden_states": True} if self.config.needs_hidden_states else dict(inputs)
+
+    @torch.no_grad()
+    def teach(self, inputs: Mapping[str, Any]) -> ModelOutput:
+        """What the teacher gives for the inputs, in evaluation mode and without a gradient. It does not see labels,
+        but where an encoder-decoder makes its decoder's inputs from them."""
+        kept = {name: value for name, value in self.request(inputs).items() if name != "num_items_in_batch"}
+        base = without_adapter(self._student)
+        if not base.config.is_encoder_decoder:
+            kept.pop("labels", None)
+        if base.can_generate():
+            kept["use_cache"] = False
+        with ExitStack() as stack:
+            teacher = self._teacher
+            if teacher is None:
+                teacher = self._student
+                stack.enter_context(_evaluating(teacher))
+                stack.enter_context(teacher.disable_adapter())
+            return teacher(**kept)
+
+    def losses(self, inputs: Mapping[str, Any], student: ModelOutput, teacher: ModelOutput) -> dict[str, Tensor]:
+        """Each loss that has a weight, unweighted: the mean over the tokens, or texts, that count."""
+        config, found = self.config, {}
+        if config.logits:
+            kept = [_predictions(self._student, inputs, output) for output in (student, teacher)]
+            found["logits"] = kl_divergence(*kept, config.temperature)
+        if config.needs_hidden_states:
+            mask = _mask(self._student, inputs)
+            states, expected = _hidden_states(student), _hidden_states(teacher)
+            if config.last_hidden_state:
+                found["last_hidden_state"] = last_hidden_state_loss(states[-1], expected[-1], mask)
+            if config.hidden_states:
+                found["hidden_states"] = square_head(states, expected, mask)
+        return found
+
+    def total(self, task: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
+        """All of them together, weighted."""
+        return self.config.task * task + sum(getattr(self.config, name) * loss for name, loss in losses.items())
+
+
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(softmax(teacher / T) || softmax(student / T)), the mean over rows.
+
+    Args:
+        student: logits [rows, classes]; so is `teacher`.
+
+    Raises:
+        ValueError: if the two have different shapes.
+    """
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"The student's logits have the shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
+            "expected a teacher with the same vocabulary or classes."
+        )
+    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
+    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def last_hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
+    """1/2 · sum over channels of (student - teacher)², the mean over tokens  (LightChatGLM).
+
+    Args:
+        student: [..., channels]; so is `teacher`.
+        mask: bool [...], which tokens count; None for all.
+
+    Raises:
+        ValueError: if the two have different shapes.
+    """
+    student, teacher = _kept(student, teacher, mask)
+    return 0.5 * (student - teacher).square().sum(-1).mean()
+
+
+def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """mean((s - t)²) / mean(t²) of each layer's hidden states, the mean over layers  (SquareHead, arXiv 2310.06927).
+
+    Args:
+        student: of each layer [..., channels]; so is `teacher`.
+        mask: bool [...], which tokens count; None for all.
+
+    Raises:
+        ValueError: if the two have different numbers of layers, or shapes.
+    """
+    if len(student) != len(teacher):
+        raise ValueError(
+            f"The student has {len(student)} hidden states, the teacher {len(teacher)}: expected a teacher of as many "
+            "layers."
+        )
+    losses = []
+    for own, expected in zip(student, teacher, strict=True):
+        own, expected = _kept(own, expected, mask)
+        losses.append((own - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
+    return torch.stack(losses).mean()
+
+
+def _kept(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"A hidden state of the student has the shape {tuple(student.shape)}, the teacher's "
+            f"{tuple(teacher.shape)}: expected a teacher of the same width."
+        )
+    student, teacher = student.float(), teacher.float()
+    return (student, teacher) if mask is None else (student[mask], teacher[mask])
+
+
+def _predictions(model: nn.Module, inputs: Mapping[str, Any], output: ModelOutput) -> Tensor:
+    """The logits that count, [rows, classes]: of texts, or of tokens whose labels do."""
+    logits = output.logits
+    if logits.ndim == 2:
+        return logits
+    labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+    keep = mask.bool() if labels is None and mask is not None else None if labels is None else labels != IGNORED
+    if keep is None:
+        keep = logits.new_ones(logits.shape[:-1], dtype=torch.bool)
+    if predicts_next(model):
+        logits, keep = logits[:, :-1], keep[:, 1:]
+    return logits[keep]
+
+
+def _mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
+    """Which hidden states count: those of real tokens, in an encoder-decoder of the decoder's."""
+    if without_adapter(model).config.is_encoder_decoder:
+        return inputs["labels"] != IGNORED if "labels" in inputs else None
+    mask = inputs.get("attention_mask")
+    return None if mask is None else mask.bool()
+
+
+def _hidden_states(output: ModelOutput) -> tuple[Tensor, ...]:
+    return output.decoder_hidden_states if "decoder_hidden_states" in output else output.hidden_states
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, and then each module's own mode again."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _adapted(model: PeftModel, folder: str | os.PathLike) -> PeftModel:
+    """The dense model under an adapter, with another adapter. Its frozen weights are those of the student."""
+    shared = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    dense = copy.deepcopy(model, shared)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # a head that the student trains
+            dense.set_submodule(name, module.original_module)
+    return PeftModel.from_pretrained(dense.unload(), folder)
+
+
+def _warn_of_the_head() -> None:
+    warnings.warn(
+        "The student trains modules of its own beside the adapter, such as a new head, and the frozen base model has "
+        "them untrained: its logits teach nothing then. Give DistillationConfig a teacher that knows the task, or "
+        "logits=0 and a weight for hidden_states.",
+        stacklevel=3,
+    )

@@ -1,0 +1,1 @@
+"""Physically smaller models: what is entirely pruned is removed."""
