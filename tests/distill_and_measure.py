@@ -1,8 +1,8 @@
 """Train a few steps at batch size 1, without a teacher, with the free one or with a copy of the base model, and print
 how many bytes the peak of the resident memory lies above what the process had before there was a model."""
 
-import resource
 import sys
+from pathlib import Path
 
 import psutil
 import torch
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig
 
-SIZES = {"hidden_size": 768, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 2048}
+SIZES = {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "intermediate_size": 2816}
 
 
 def steps(model, teacher, vocab_size, count):
@@ -36,7 +36,7 @@ def student(**sizes):
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
-small = student(hidden_size=48, num_hidden_layers=1, intermediate_size=64)[1]
+small = student(hidden_size=64, num_hidden_layers=1, intermediate_size=64)[1]
 steps(small, None, 100, 2)  # what torch and numba allocate once
 process = psutil.Process()
 before = process.memory_info().rss
@@ -49,4 +49,6 @@ if sys.argv[1] == "copy":
     )
 steps(model, teacher, 100, 3)
 
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)
+# not getrusage, whose peak may be that of the process that started this one
+peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+print(1024 * int(peak.split()[1]) - before)

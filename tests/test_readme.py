@@ -21,7 +21,7 @@ def test_the_python_blocks_run_one_after_the_other_and_then_the_commands(local_h
 
     section = README.split("## The command")[1].split("\n## ")[0]
     commands = re.search(r"```sh\n(.*?)```", section, re.DOTALL)[1].splitlines()
-    assert len(commands) == 8
+    assert len(commands) == 9
     for command in commands:
         if not command.startswith(
             "peft-pst push"

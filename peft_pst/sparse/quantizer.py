@@ -77,6 +77,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
     requires_calibration = False
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.config.quantization_config = self.quantization_config  # transformers 4.57 has a copy there
         _resize(model, self.quantization_config)
         modules = dict(model.named_modules())
         for name, entry in self.quantization_config.weights.items():

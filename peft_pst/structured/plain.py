@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -72,12 +74,25 @@ def plain_changes(
     return next((changes for changes in candidates if _makes(changes, model, widths, biases)), None)
 
 
-def _makes(changes: dict[str, int], model: PreTrainedModel, widths: Mapping[str, int], biases: list[str]) -> bool:
+def pruned_heads(model: PreTrainedModel) -> dict[int, list[int]] | None:
+    """The entry of the config by which transformers 4, but not 5, makes BERT, GPT-2 and their like with fewer heads:
+    of each layer which heads it has no more. None if that does not give the sizes of the model, already resized."""
+    heads = getattr(model.config, "num_attention_heads", 0)
+    found = {
+        int(re.search(r"\.(\d+)\.", name)[1]): list(range(structure.units, heads))
+        for name, structure in find_structures(model, ["head"]).items()
+        if structure.units < heads
+    }
+    return found if found and _makes({"pruned_heads": found}, model, {}, []) else None
+
+
+def _makes(changes: dict[str, Any], model: PreTrainedModel, widths: Mapping[str, int], biases: list[str]) -> bool:
     """Whether a new model has tensors of the model's sizes, and attention that counts alike."""
     text = json.loads(model.config.to_json_string()) | changes
     text.pop("quantization_config", None)
     try:
-        with torch.device("meta"):
+        # transformers picks pruned heads by tensors, which on the meta device have no values
+        with init_empty_weights() if text.get("pruned_heads") else torch.device("meta"):
             fresh = type(model)(type(model.config).from_dict(text))
     except Exception:  # the class has rules for its config, and errors of many kinds
         return False

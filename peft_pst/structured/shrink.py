@@ -19,7 +19,7 @@ from ..patterns import COUPLED
 from ..sparse.linear import SparseLinear
 from ..sparse.quantizer import SparseCheckpointConfig, widths_in
 from .dead import living_units
-from .plain import are_uniform, plain_changes, set_in_configs
+from .plain import are_uniform, plain_changes, pruned_heads, set_in_configs
 from .widths import find_structures, resize
 
 SEQUENCES, TOKENS = 2, 8
@@ -38,7 +38,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> P
     keeps as many (under `budget="layer"` it does; T5's blocks share a position bias, so they must keep the same heads
     too). Otherwise, and always for the heads of BERT and GPT-2, whose size follows from their number, the widths are
     an entry of the `quantization_config`. Then `import peft_pst` must come before `from_pretrained`, which elsewhere
-    fails at the sizes.
+    fails at the sizes; but transformers 4, unlike 5, opens such a BERT or GPT-2 by the `pruned_heads` of its config.
 
     What comes out is run beside the model and compared. Where the outputs differ, as of an architecture whose
     positions, norms or kernels count its heads, they stay, with a warning.
@@ -104,6 +104,9 @@ def _without_dead_units(
         resize(smaller, keep, biases)
         widths = widths | {name: int(mask.sum()) for name, mask in keep.items()}
         smaller.config.quantization_config = SparseCheckpointConfig({}, {}, widths=widths, biases=earlier + biases)
+        heads = pruned_heads(smaller)
+        if heads is not None:
+            smaller.config.pruned_heads = heads
     for name, shift in shifts.items():
         bias = smaller.get_submodule(name).bias
         moved = (bias.detach().double() + shift).to(bias.dtype)
@@ -119,7 +122,8 @@ def _without_dead_units(
     if changes is None:
         warnings.warn(
             f"{type(model.config).__name__} cannot say how many {pattern}s each layer of {type(model).__name__} has "
-            "left, so the config gets an entry of ours: what is saved opens only after `import peft_pst`.",
+            "left, so the config gets an entry of ours: what is saved opens only after `import peft_pst`"
+            + (", or in transformers 4." if heads else "."),
             stacklevel=3,
         )
     return smaller

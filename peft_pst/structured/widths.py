@@ -107,6 +107,8 @@ def _resize(structure: Structure, keep: Tensor) -> None:
     for name, value in vars(owner).items():
         if pattern == "head" and name in COUNTS and value % units == 0:
             vars(owner)[name] = value // units * kept
+        elif name == "embed_dim" and hasattr(owner, "split_size"):
+            pass  # GPT-2 has it for the residual stream
         elif name in SIZES[pattern] and value == inputs:
             vars(owner)[name] = structure.inputs
     position_bias = getattr(owner, "relative_attention_bias", None)  # [buckets, heads]

@@ -322,3 +322,12 @@ def test_a_newer_layout_is_named(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has version 2 of the layout pst_sparse, but this peft-pst reads up to 1"):
         type(model).from_pretrained(tmp_path)
+
+
+def test_an_opened_model_may_change_and_be_saved_by_transformers(tmp_path):
+    save_pretrained(merged("bert"), tmp_path / "one")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "one")
+    with torch.no_grad():
+        model.classifier.bias.add_(1)
+    model.save_pretrained(tmp_path / "two")
+    assert torch.equal(logits(AutoModelForSequenceClassification.from_pretrained(tmp_path / "two")), logits(model))
