@@ -17,14 +17,14 @@ from typing import Any, Literal
 import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoTokenizer, PreTrainedModel
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from ...opening import open_model
-from ...report import format_table
-from ...sparse.files import replacing
-from ...sparse.quantizer import densify
+from peft_pst.merged import check_merged
+from peft_pst.opening import open_model
+from peft_pst.report import format_table
+from peft_pst.sparse.files import replacing
+from peft_pst.sparse.quantizer import densify
 
 
 @dataclass(frozen=True)
@@ -218,14 +218,8 @@ def _prepared(
         if isinstance(model, PeftModel):
             sources.append(os.fspath(base or model.active_peft_config.base_model_name_or_path))
             model = model.merge_and_unload(safe_merge=True)
-    elif isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has an adapter that is not merged: call merged = model.merge_and_unload(safe_merge=True) and "
-            "export what it returns."
-        )
-    elif not isinstance(model, PreTrainedModel):
-        raise TypeError(f"export got a {type(model).__name__}: expected a model of transformers, or a folder.")
     else:
+        check_merged(model, "export")
         sources.append(model.config._name_or_path)
         model = copy.deepcopy(model)
     if model.main_input_name != "input_ids":

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
+from peft_pst.merged import check_merged
 from peft_pst.opening import open_model
 from peft_pst.sparse.files import replacing
 from peft_pst.sparse.quantizer import densify
@@ -91,15 +91,7 @@ def _opened(folder: Path) -> PreTrainedModel:
 
 
 def _checked(model: PreTrainedModel) -> PreTrainedModel:
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has an adapter that is not merged: call merged = model.merge_and_unload() and export what it "
-            "returns."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"export_openvino got a {type(model).__name__}: expected a model of transformers, or a folder."
-        )
+    check_merged(model, "export")
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ValueError(
             f"{type(model).__name__} is not exported to OpenVINO here: expected an encoder, a classifier or a causal "

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..merged import check_merged
 from .files import replacing
 from .linear import PREFIX, SparseLinear
 from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of, widths_in
@@ -84,30 +83,7 @@ def save_pretrained(
 def _check(model: nn.Module, format: str) -> None:
     if format not in ("auto", "dense"):
         raise ValueError(f"format={format!r} is unknown: expected 'auto' or 'dense'.")
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has an adapter that is not merged: call merged = model.merge_and_unload() and save what it "
-            "returns. An adapter alone is saved by model.save_pretrained()."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"save_pretrained got a {type(model).__name__}: expected a model of transformers, whose config goes into "
-            "the folder."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weight = module.weight.data
-            if type(weight) is not Tensor or not weight.is_floating_point():
-                raise TypeError(
-                    f"The weight of {name!r} is a {type(weight).__name__} of {weight.dtype}: expected a plain tensor "
-                    "of floating-point numbers. Gather a distributed model, or dequantize() a quantized one, before."
-                )
-
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError(
-            "Some tensors of the model are not in memory, but offloaded: open it without device_map, or with one that "
-            "offloads nothing, before."
-        )
+    check_merged(model, "save")
 
 
 def _has_sparse_layers(model: PreTrainedModel) -> bool:

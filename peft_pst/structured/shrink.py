@@ -9,12 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from ..merged import check_merged
 from ..patterns import COUPLED
 from ..sparse.linear import SparseLinear
 from ..sparse.quantizer import SparseCheckpointConfig, widths_in
@@ -130,32 +128,11 @@ def _without_dead_units(
 
 
 def _check(model: nn.Module) -> None:
-    if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise ValueError(
-            "The model has an adapter that is not merged: call merged = model.merge_and_unload() and shrink what it "
-            "returns."
-        )
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"shrink got a {type(model).__name__}: expected a model of transformers, whose config says its widths."
-        )
+    check_merged(model, "shrink")
     if any(isinstance(module, SparseLinear) for module in model.modules()):
         raise ValueError(
             "The model's weights are stored sparse: call model = densify(model) and shrink that. accelerate_sparse or "
             "save_pretrained take what comes out."
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D)):
-            weight = module.weight.data
-            if type(weight) is not Tensor or not weight.is_floating_point():
-                raise TypeError(
-                    f"The weight of {name!r} is a {type(weight).__name__} of {weight.dtype}: expected a plain tensor "
-                    "of floating-point numbers. Gather a distributed model, or dequantize() a quantized one, before."
-                )
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise ValueError(
-            "Some tensors of the model are not in memory, but offloaded: open it without device_map, or with one that "
-            "offloads nothing, before."
         )
 
 

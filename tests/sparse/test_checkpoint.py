@@ -294,7 +294,7 @@ def test_in_a_new_process(tmp_path):
 def test_what_cannot_be_saved(bert, tmp_path):
     with pytest.raises(ValueError, match="The model has an adapter that is not merged: call merged = model.merge_and"):
         save_pretrained(get_peft_model(bert(), PSTConfig()), tmp_path)
-    with pytest.raises(TypeError, match="save_pretrained got a Linear: expected a model of transformers"):
+    with pytest.raises(TypeError, match="save got a Linear: expected a model of transformers"):
         save_pretrained(torch.nn.Linear(2, 2), tmp_path)
     get_peft_model(bert(), PSTConfig()).save_pretrained(tmp_path / "adapter")
     before = sorted(file.name for file in (tmp_path / "adapter").iterdir())
