@@ -125,6 +125,8 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     flush()
     _name_shards(folder, shards)
     config = copy.deepcopy(model.config)
+    if weights and widths:
+        config.pruned_heads = {}  # by them transformers 4 would open it, and give stored weights random values
     config.architectures = [type(model).__name__]
     config.dtype = model.dtype
     config.quantization_config = {
