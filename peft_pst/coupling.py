@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from peft.tuners.tuners_utils import _get_in_out_features
@@ -52,6 +53,8 @@ STACKS = {
     "DisentangledSelfAttention": 1,
 }
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+SHARES = "has_relative_attention_bias"
+"""The attribute of T5's attention: False where it takes the position bias that the first block computed."""
 
 
 class Coupling(NamedTuple):
@@ -71,7 +74,8 @@ def find_couplings(model: nn.Module, pattern: str, own: Sequence[Sequence[str]] 
         own: structures that the user names; by default those of the architectures that are known.
 
     Returns:
-        The coupling of each of these layers by its name.
+        The coupling of each of these layers by its name; the layers of one block stand together, the last one last.
+        The blocks of T5 that share a position bias, which has a column for each head, share their heads.
 
     Raises:
         ValueError: if a structure that the user names is not in the model.
@@ -85,9 +89,11 @@ def find_couplings(model: nn.Module, pattern: str, own: Sequence[Sequence[str]] 
             members = {prefix + member: modules.get(prefix + member) for member in structure}
             if any(name in couplings or not isinstance(m, (nn.Linear, Conv1D)) for name, m in members.items()):
                 continue
-            parts = _parts(list(members.values()), pattern, modules[f"{prefix}{structure[0]}".rpartition(".")[0]])
+            owner = f"{prefix}{structure[0]}".rpartition(".")[0]
+            parts = _parts(list(members.values()), pattern, modules[owner])
             if parts is not None:
-                group = f"{prefix}({', '.join(structure)})"
+                shared = pattern == "head" and shares_position_bias(modules, owner)
+                group = f"{first_block(prefix) if shared else prefix}({', '.join(structure)})"
                 couplings |= {name: Coupling(group, part) for name, part in zip(members, parts, strict=True)}
         if own and len(couplings) == before:
             raise ValueError(
@@ -96,6 +102,25 @@ def find_couplings(model: nn.Module, pattern: str, own: Sequence[Sequence[str]] 
                 "last takes them as its inputs."
             )
     return couplings
+
+
+def shares_position_bias(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """Whether an attention of T5 has its position bias in common with those of other blocks.
+
+    Args:
+        modules: those of the model by their names.
+        name: the attention's.
+    """
+    first = modules[first_block(name)]
+    if not getattr(first, SHARES, False):
+        return False
+    blocks = (module for other, module in modules.items() if first_block(other) == first_block(name))
+    return any(not getattr(block, SHARES) for block in blocks)
+
+
+def first_block(name: str) -> str:
+    """The name that a module of a block has in the first block."""
+    return re.sub(r"\.\d+\.", ".0.", name, count=1)
 
 
 def _parts(linears: list[nn.Module], pattern: str, owner: nn.Module) -> list[Slices] | None:

@@ -108,7 +108,8 @@ def test_a_unit_without_its_inputs_to_the_last_layer_has_no_effect(model_type, p
     couplings = find_couplings(model, pattern)
     groups = {}
     for name, (group, part) in couplings.items():
-        groups.setdefault(group, []).append((model.get_submodule(name), part))
+        block = name.partition("SelfAttention")[0] if model_type in ("t5", "mt5") else ""
+        groups.setdefault((group, block), []).append((model.get_submodule(name), part))
     assert groups
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for members in groups.values():
@@ -194,3 +195,23 @@ def test_a_second_adapter_finds_the_structures_too(bert):
     model.add_adapter("other", PSTConfig(pattern="neuron", initial_sparsity=0.25))
     model.set_adapter("other")
     assert model.base_model.get_sparsity() == 0.25
+
+
+def test_blocks_of_t5_that_share_a_position_bias_share_their_heads():
+    model = AutoModel.from_config(AutoConfig.for_model("t5", **T5))
+    groups = {}
+    for name, (group, _) in find_couplings(model, "head").items():
+        groups.setdefault(group, []).append(name)
+    own = [f"decoder.block.{i}.layer.1.EncDecAttention.(q, k, v, o)" for i in (0, 1)]
+    shared = [f"{part}.block.0.layer.0.SelfAttention.(q, k, v, o)" for part in ("encoder", "decoder")]
+    assert {group: len(names) for group, names in groups.items()} == dict.fromkeys(own, 4) | dict.fromkeys(shared, 8)
+    umt5 = AutoModel.from_config(AutoConfig.for_model("umt5", **T5))  # a bias in each block
+    assert len({group for group, _ in find_couplings(umt5, "head").values()}) == 6
+
+    pruned = get_peft_model(model, PSTConfig(pattern="head", sparsity=0.5))
+    pruned.base_model.set_sparsity(0.5)
+    for part in (pruned.base_model.model.encoder, pruned.base_model.model.decoder):
+        first, second = (block.layer[0].SelfAttention for block in part.block)
+        for name in "qkvo":
+            one, other = (getattr(attention, name).masked_weight("default") == 0 for attention in (first, second))
+            assert torch.equal(one, other) and one.any()

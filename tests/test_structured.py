@@ -245,15 +245,12 @@ def test_other_dtypes(dtype):
 
 def uniform_models():
     """What the config of the architecture can say."""
-    same_heads = prune(fresh("t5"), "neuron")
-    for attention in attentions(same_heads):
-        zero(attention.o, columns=channels(0, 2, 3, 6))
     return {
         "bert": prune(fresh("bert"), "neuron"),
         "gpt2": prune(fresh("gpt2"), "neuron"),
         "llama": prune(prune(fresh("llama"), "neuron"), "head"),
         "qwen2": prune(prune(fresh("qwen2"), "neuron"), "head"),
-        "t5": same_heads,
+        "t5": prune(prune(fresh("t5"), "neuron"), "head"),
     }
 
 
@@ -262,12 +259,15 @@ def other_models():
     needs_bias = fresh("qwen2")
     for layer in needs_bias.model.layers:
         zero(layer.self_attn.v_proj, rows=channels(1))  # it has a bias, o_proj has none
+    other_heads = fresh("t5")
+    for i, attention in enumerate(attentions(other_heads)):
+        zero(attention.o, columns=channels(i % 8, (i + 3) % 8))
     return {
         "bert": prune(prune(fresh("bert"), "neuron"), "head"),
         "gpt2": prune(fresh("gpt2"), "head"),
         "llama": prune(prune(fresh("llama"), "neuron", budget="global"), "head", budget="global"),
         "qwen2": needs_bias,
-        "t5": prune(fresh("t5"), "head"),
+        "t5": other_heads,
         "mt5": prune(prune(fresh("mt5"), "head", budget="global"), "neuron"),
     }
 

@@ -12,8 +12,8 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..coupling import HEAD_SIZES
-from .widths import SHARES, Structure, find_structures, first_block, set_widths
+from ..coupling import HEAD_SIZES, SHARES, first_block
+from .widths import Structure, find_structures, set_widths
 
 # Where configs have the number of neurons, and that of heads.
 KEYS = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..coupling import find_couplings
+from ..coupling import SHARES, find_couplings, first_block
 from ..patterns import COUPLED, Slices
 
 Linear = nn.Linear | Conv1D
@@ -20,8 +19,6 @@ SIZES = {
     "neuron": ("intermediate_size", "ffn_dim"),
     "head": ("all_head_size", "inner_dim", "split_size", "embed_dim", "hidden_size", "dim"),
 }
-SHARES = "has_relative_attention_bias"
-"""The attribute of T5's attention: False where it takes the position bias that the first block computed."""
 
 
 class Structure(NamedTuple):
@@ -49,16 +46,18 @@ def weight_of(linear: Linear) -> Tensor:
 
 def find_structures(model: nn.Module, patterns: Iterable[str] = COUPLED) -> dict[str, Structure]:
     """The structures of a model without adapters, by the name of their first layer."""
-    groups: dict[tuple[str, str], list[tuple[str, Slices]]] = {}
-    for pattern in patterns:
-        for name, (group, part) in find_couplings(model, pattern).items():
-            groups.setdefault((pattern, group), []).append((name, part))
     structures = {}
-    for (pattern, _), members in groups.items():
-        first, (taker, part) = members[0][0], members[-1]
-        makers = [(model.get_submodule(name), part) for name, part in members[:-1]]
-        owner = model.get_submodule(first.rpartition(".")[0])
-        structures[first] = Structure(pattern, owner, makers, model.get_submodule(taker), taker, part.units)
+    for pattern in patterns:
+        makers: dict[str, tuple[Linear, Slices]] = {}
+        for name, (_, part) in find_couplings(model, pattern).items():
+            linear = model.get_submodule(name)
+            if part.dim == 0:
+                makers[name] = linear, part
+                continue
+            first = next(iter(makers))
+            owner = model.get_submodule(first.rpartition(".")[0])
+            structures[first] = Structure(pattern, owner, list(makers.values()), linear, name, part.units)
+            makers = {}
     return structures
 
 
@@ -91,11 +90,6 @@ def set_widths(model: nn.Module, widths: Mapping[str, int], biases: Iterable[str
     structures = find_structures(model)
     units = {name: torch.arange(structures[name].units, device="cpu") for name in widths}
     resize(model, {name: units[name] < kept for name, kept in widths.items()}, biases)
-
-
-def first_block(name: str) -> str:
-    """The name that a module of a block has in the first block."""
-    return re.sub(r"\.\d+\.", ".0.", name, count=1)
 
 
 def _resize(structure: Structure, keep: Tensor) -> None:
