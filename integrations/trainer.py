@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from peft_pst.distillation import Distillation, DistillationConfig
 from peft_pst.labels import share_of_step
-from peft_pst.optimizer import MAX_FACTOR_LR, parameter_kinds
+from peft_pst.optimizer import MAX_FACTOR_LR, create_pst_optimizer, parameter_kinds
 from peft_pst.schedule import SparsityScheduler
 
 
@@ -83,15 +83,42 @@ class PSTTrainer(Trainer):
         *args, **kwargs: those of `transformers.Trainer`.
         distillation (`DistillationConfig`, *optional*): what the teacher adds to the loss of training. Under gradient
             accumulation batches weigh by their labels, as in the task's loss. Evaluation reports that loss alone.
+        learning_rates (`Mapping[str, float]`, *optional*): those of `create_pst_optimizer` by their names, such as
+            `{"lr": 3e-4, "head_lr": 1e-3}`. The Trainer makes that optimizer then, of the class that its arguments
+            name and with their `learning_rate` for an `lr` that is not given. With FSDP and DeepSpeed this is the way,
+            since there the Trainer takes no `optimizers`.
+
+    Raises:
+        ValueError: if `learning_rates` and an optimizer are given, or the teacher does not fit the model.
     """
 
-    def __init__(self, *args: Any, distillation: DistillationConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        distillation: DistillationConfig | None = None,
+        learning_rates: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
+        if learning_rates is not None and self.optimizer is not None:
+            raise ValueError(
+                f"learning_rates={dict(learning_rates)} are for the optimizer that the Trainer makes, but it was "
+                "given one: leave out one of the two."
+            )
+        self._learning_rates = learning_rates
         self._schedule = PSTCallback()
         self.pop_callback(PSTCallback)
         self.add_callback(self._schedule)
         self._distillation = None if distillation is None else Distillation(self.model, distillation)
         self._not_logged: list[tuple[int, dict[str, Tensor]]] = []  # the step of each batch, and its losses
+
+    def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
+        """The optimizer, as in `Trainer`, with the learning rates that were given."""
+        if self.optimizer is None and self._learning_rates is not None:
+            kind, choices = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            choices = {**choices, "weight_decay": self.args.weight_decay, **self._learning_rates}
+            self.optimizer = create_pst_optimizer(self.model, kind, **choices)
+        return super().create_optimizer(*args)
 
     def compute_loss(
         self,
@@ -108,6 +135,12 @@ class PSTTrainer(Trainer):
         asked = self._distillation.request(inputs)
         task, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         losses = self._distillation.losses(inputs, outputs, taught)
+        if not all(loss.requires_grad for loss in losses.values()):
+            raise ValueError(
+                f"{sorted(losses)} have no gradient: {type(self).__name__} does not take its loss from the logits "
+                "that the model returns, like TRL's SFTTrainer, whose head is fused. Make a subclass of it with "
+                "compute_loss = transformers.Trainer.compute_loss, and of that and PSTTrainer yours."
+            )
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             share = share_of_step(self.model, inputs["labels"], num_items_in_batch)
             if self.args.average_tokens_across_devices:

@@ -6,6 +6,7 @@ input, the parameters and one bit an entry, and rebuilds the rest in backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ class Method(NamedTuple):
             updated = self.update.weight(weight, *self.split(arguments)[0])
             return updated, unpack_bits(mask.bits, weight.shape, torch.bool)
         updated, importance = self.weight_and_importance(weight, *arguments)
-        return updated, mask.pattern.mask(importance, int(mask.num_pruned))
+        return updated, mask.pattern.mask(importance, mask.num_pruned)
 
 
 class MaskedLinear(torch.autograd.Function):
@@ -77,8 +78,9 @@ class MaskedLinear(torch.autograd.Function):
     matrix products with x run in the dtype of x, everything else in the dtype of the parameters.
 
     Arguments of `apply`: x [tokens, in]; the bias [out] in the dtype of x, or None; the mask, `Live` or `Kept`; the
-    method; the seed of random gates, None for none; the frozen weight [out, in]; the arguments of the method. Returns
-    y [tokens, out].
+    method; the seed of random gates, int64 scalar on the CPU, None for none; the frozen weight [out, in], or what
+    reads it, in forward and again in backward, so that no dense copy is kept in between; the arguments of the method.
+    Returns y [tokens, out].
     """
 
     @staticmethod
@@ -88,43 +90,71 @@ class MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,
         mask: Live | Kept,
         method: Method,
-        seed: int | None,
-        weight: Tensor,
+        seed: Tensor | None,
+        weight: Tensor | Callable[[], Tensor],
         *arguments: Tensor,
     ) -> Tensor:
-        updated, keep = method.weight_and_mask(mask, weight, *arguments)
-        bits = pack_bits(keep) if isinstance(mask, Live) else mask.bits
-        ctx.save_for_backward(x, weight, bits, *arguments)
-        ctx.method, ctx.seed = method, seed
-        # a product with ones and zeros: on a CPU, bool operands are many times slower
-        updated.mul_(method.importance.gates(keep.to(updated.dtype), seed, *method.split(arguments)[1]))
-        return linear(x, updated.to(x.dtype), bias)
+        ctx.method, ctx.seed, ctx.read = method, seed, weight if callable(weight) else None
+        y, bits = forward(x, bias, mask, method, seed, weight() if ctx.read else weight, *arguments)
+        ctx.save_for_backward(x, None if ctx.read else weight, bits, *arguments)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        needs_x, needs_bias, _, _, _, *needs = ctx.needs_input_grad
+        x, weight, *others = ctx.saved_tensors
+        weight = ctx.read() if ctx.read else weight
         with torch.autocast(dy.device.type, enabled=False):
-            return _backward(ctx, dy)
+            dx, dbias, *others = backward(dy, (needs_x, needs_bias, *needs), ctx.method, ctx.seed, x, weight, *others)
+        return dx, dbias, None, None, None, *others
 
 
-def _backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bits, *arguments = ctx.saved_tensors
-    update, importance = ctx.method
-    of_update, of_importance = ctx.method.split(tuple(arguments))
-    needs_x, needs_bias, _, _, _, needs_weight, *needs_arguments = ctx.needs_input_grad
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    mask: Live | Kept,
+    method: Method,
+    seed: Tensor | None,
+    weight: Tensor,
+    *arguments: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """What `MaskedLinear` returns, and the mask as bits."""
+    updated, keep = method.weight_and_mask(mask, weight, *arguments)
+    bits = pack_bits(keep) if isinstance(mask, Live) else mask.bits
+    # a product with ones and zeros: on a CPU, bool operands are many times slower
+    updated.mul_(method.importance.gates(keep.to(updated.dtype), seed, *method.split(arguments)[1]))
+    return linear(x, updated.to(x.dtype), bias), bits
+
+
+def backward(
+    dy: Tensor,
+    needs: Sequence[bool],
+    method: Method,
+    seed: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    *arguments: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, the bias, the weight and the arguments; `needs` says in this order whether somebody needs
+    them, and the others may be None."""
+    update, importance = method
+    of_update, of_importance = method.split(arguments)
+    needs_x, needs_bias, needs_weight, *needs_arguments = needs
     dx = dbias = dweight = None
     darguments = [None] * len(arguments)
     updated = update.weight(weight, *of_update)
     mask = unpack_bits(bits, weight.shape, updated.dtype)
     if needs_x:
-        masked = updated * importance.gates(mask, ctx.seed, *of_importance)
+        masked = updated * importance.gates(mask, seed, *of_importance)
         dx = linear(dy, masked.to(dy.dtype).T)
         del masked
     if needs_bias:
         dbias = dy.sum(0)
     if needs_weight or any(needs_arguments):
         G = linear(dy.T, x.T).to(updated.dtype)
-        dupdated, *dimportance = importance.backward(G, updated, mask, ctx.seed, *of_importance)
+        dupdated, *dimportance = importance.backward(G, updated, mask, seed, *of_importance)
         darguments = [*update.backward(dupdated, *of_update), *dimportance]
         dweight = dupdated.to(weight.dtype) if needs_weight else None
-    return dx, dbias, None, None, None, dweight, *darguments
+    return dx, dbias, dweight, *darguments

@@ -48,11 +48,11 @@ class Importance:
         """S, [out, in], from W' and the parameters and buffers."""
         raise NotImplementedError
 
-    def draw_seed(self) -> int | None:
-        """The seed of this step's random gates, None if they are not random."""
+    def draw_seed(self) -> Tensor | None:
+        """The seed of this step's random gates, int64 scalar on the CPU; None if they are not random."""
         return None
 
-    def gates(self, mask: Tensor, seed: int | None, *arguments: Tensor) -> Tensor:
+    def gates(self, mask: Tensor, seed: Tensor | None, *arguments: Tensor) -> Tensor:
         """What each entry of W' is multiplied by, given the mask as ones and zeros; random only with a seed."""
         return mask
 
@@ -61,7 +61,7 @@ class Importance:
         return None
 
     def backward(
-        self, G: Tensor, weight: Tensor, mask: Tensor, seed: int | None, *arguments: Tensor
+        self, G: Tensor, weight: Tensor, mask: Tensor, seed: Tensor | None, *arguments: Tensor
     ) -> tuple[Tensor, ...]:
         """The gradients of W' and of each parameter. May overwrite G and the weight."""
         return (G.mul_(mask),)
@@ -150,30 +150,32 @@ class L0(Importance):
     def score(self, weight: Tensor, log_alpha: Tensor) -> Tensor:
         return log_alpha
 
-    def draw_seed(self) -> int:
-        return int(torch.randint(2**62, ()))
+    def draw_seed(self) -> Tensor:
+        return torch.randint(2**62, (), device="cpu")
 
-    def gates(self, mask: Tensor, seed: int | None, log_alpha: Tensor) -> Tensor:
+    def gates(self, mask: Tensor, seed: Tensor | None, log_alpha: Tensor) -> Tensor:
         return self._hard_concrete(log_alpha, seed)[0].mul_(mask)
 
     def penalty(self, log_alpha: Tensor) -> Tensor:
         return (log_alpha - self.BETA * math.log(-self.GAMMA / self.ZETA)).sigmoid().sum()
 
-    def backward(self, G: Tensor, weight: Tensor, mask: Tensor, seed: int, log_alpha: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, G: Tensor, weight: Tensor, mask: Tensor, seed: Tensor, log_alpha: Tensor
+    ) -> tuple[Tensor, Tensor]:
         z, s = self._hard_concrete(log_alpha, seed)
         moves = ((z > 0) & (z < 1)).to(z.dtype)  # a clipped gate does not move with log alpha
         dz = weight.mul_(G)
         dlog_alpha = dz.mul_(moves).mul_(s).mul_(1 - s).mul_((self.ZETA - self.GAMMA) / self._temperature(seed))
         return G.mul_(z.mul_(mask)), dlog_alpha
 
-    def _temperature(self, seed: int | None) -> float:
+    def _temperature(self, seed: Tensor | None) -> float:
         return 1.0 if seed is None else self.BETA
 
-    def _hard_concrete(self, log_alpha: Tensor, seed: int | None) -> tuple[Tensor, Tensor]:
+    def _hard_concrete(self, log_alpha: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gate z in [0, 1] and the sigmoid s that it is stretched and clipped from."""
         s = log_alpha
         if seed is not None:
-            generator = torch.Generator(log_alpha.device).manual_seed(seed)
+            generator = torch.Generator(log_alpha.device).manual_seed(int(seed))
             u = torch.rand(log_alpha.shape, generator=generator, device=log_alpha.device, dtype=log_alpha.dtype)
             s = u.logit_(eps=1e-6).add_(log_alpha)
         s = (s / self._temperature(seed)).sigmoid_()

@@ -14,6 +14,8 @@ from .fingerprint import fingerprint, same_fingerprint
 from .functional import Method
 from .importance import IMPORTANCES
 from .patterns import Pattern, pack_bits
+from .quantized import backend_of, read
+from .sharded import gathered
 from .update import UPDATES
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ class PSTLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         self.base_layer = base_layer
         self.in_features, self.out_features = _get_in_out_features(base_layer)
+        self.quantization_backend = backend_of(self.get_base_layer())
         self.pst_config: dict[str, PSTConfig] = {}
         self.pst_pattern: dict[str, Pattern] = {}
         self.pst_group: dict[str, str] = {}
@@ -69,6 +72,11 @@ class PSTLayer(BaseTunerLayer):
     def shape(self) -> torch.Size:
         """[out, in], whatever order the base layer stores its weight in."""
         return torch.Size((self.out_features, self.in_features))
+
+    def frozen_weight(self) -> Tensor:
+        """The weight of the base layer in its order; if it is held in 8 or 4 bits or sharded, a dense copy."""
+        layer = self.get_base_layer()
+        return gathered(layer.weight) if self.quantization_backend is None else read(layer, self.quantization_backend)
 
     def update_layer(
         self, adapter_name: str, config: PSTConfig, pattern: Pattern, group: str, inference_mode: bool = False
@@ -92,7 +100,7 @@ class PSTLayer(BaseTunerLayer):
         self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned)
         if config.keeps_masks:
             self.pst_mask[adapter_name] = pack_bits(torch.ones(self.shape, dtype=torch.bool))
-        self.pst_fingerprint[adapter_name] = fingerprint(self.get_base_layer().weight)
+        self.pst_fingerprint[adapter_name] = fingerprint(self.frozen_weight())
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -139,7 +147,8 @@ class PSTLayer(BaseTunerLayer):
 
     def arguments(self, adapter_name: str) -> tuple[Tensor, ...]:
         """The parameters and buffers of an adapter's method, in its order."""
-        return tuple(getattr(self, name)[adapter_name] for name in Method.of(self.pst_config[adapter_name]).names)
+        names = Method.of(self.pst_config[adapter_name]).names
+        return tuple(gathered(getattr(self, name)[adapter_name]) for name in names)
 
     def keep_mask(self, adapter_name: str, mask: Tensor) -> None:
         """Make `mask`, bool [out, in], the mask of an adapter until the next one is kept."""
@@ -158,13 +167,14 @@ class PSTLayer(BaseTunerLayer):
             return
         self._checked_fingerprints[adapter_name] = state
         config = self.pst_config[adapter_name]
-        if same_fingerprint(expected, fingerprint(self.get_base_layer().weight)) or config.base_mismatch_warned:
+        if same_fingerprint(expected, fingerprint(self.frozen_weight())) or config.base_mismatch_warned:
             return
         config.base_mismatch_warned = True
         warnings.warn(
             f"The PST adapter {adapter_name!r} was trained on another base model: the weights that it prunes are not "
             "the ones it was made for, so its mask and its update do not fit and the results will be wrong. Load it "
-            f"on the model it was trained on (base_model_name_or_path={config.base_model_name_or_path!r}).",
+            f"on the model it was trained on (base_model_name_or_path={config.base_model_name_or_path!r}), with the "
+            "quantization that it had.",
             stacklevel=2,
         )
 

@@ -14,7 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .functional import Kept, Live, MaskedLinear, Method
 from .layer import PARAMETERS, PSTLayer, check_one_adapter, version
-from .patterns import Pattern
+from .operations import masked_linear
+from .patterns import Pattern, pack_bits
+from .quantized import backend_of, compute_dtype, dense_layer, kept_in_order, stored
+from .sharded import assign, is_sharded
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -25,10 +28,10 @@ SAMPLE_SIZE = 4096
 class InferenceWeight(NamedTuple):
     """A masked weight that evaluation uses again as long as nothing that it was computed from has changed."""
 
-    base: Tensor  # W, kept alive so that its address stays its own
+    base: list[Tensor]  # what holds W, kept alive so that its address stays its own
     samples: list[Tensor]  # copies of everything else that the weight was computed from, or of entries of it
     versions: list[Any]  # the address and version of each of them, the dtype, and the numbers of the method
-    weight: Tensor
+    kept: Tensor  # the weight; over a quantized or sharded base, which is to save its memory, only the mask as bits
 
 
 class Linear(nn.Module, PSTLayer):
@@ -50,7 +53,10 @@ class Linear(nn.Module, PSTLayer):
         PSTLayer.__init__(self, base_layer)
         self._active_adapter = adapter_name
         self._dense_weight: Tensor | None = None
+        self._quantized_layer: tuple[nn.Module] | None = None
+        self.dense_dtype = torch.float32
         self._inference_weight: InferenceWeight | None = None
+        self._keeps_inference_weight = self.quantization_backend is None
         self.update_layer(adapter_name, config, pattern, group, inference_mode)
 
     def _oriented(self, weight: Tensor) -> Tensor:
@@ -66,7 +72,7 @@ class Linear(nn.Module, PSTLayer):
 
     def inputs(self, adapter_name: str) -> tuple[Method, Tensor, tuple[Tensor, ...]]:
         """The method of an adapter, the frozen weight [out, in], and the arguments of the method."""
-        weight = self._oriented(self.get_base_layer().weight)
+        weight = self._oriented(self.frozen_weight())
         return Method.of(self.pst_config[adapter_name]), weight, self.arguments(adapter_name)
 
     def _mask(self, adapter_name: str) -> Live | Kept:
@@ -91,8 +97,13 @@ class Linear(nn.Module, PSTLayer):
             if safe_merge:
                 self._check_finite(adapter_name)
             merged = self.masked_weight(adapter_name)
-            self._dense_weight = base_layer.weight.data
-            base_layer.weight.data = self._oriented(merged).to(base_layer.weight.dtype).contiguous()
+            if self.quantization_backend is None:
+                merged = self._oriented(merged).to(base_layer.weight.dtype).contiguous()
+                self._dense_weight = assign(base_layer.weight, merged)
+            else:
+                self._quantized_layer = (base_layer,)  # a tuple, or it would be a submodule
+                self.base_layer = dense_layer(base_layer, merged, self.dense_dtype)
+                self.quantization_backend = None
             self.merged_adapters.append(adapter_name)
 
     def unmerge(self) -> None:
@@ -101,8 +112,15 @@ class Linear(nn.Module, PSTLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         weight = self.get_base_layer().weight
-        weight.data = self._dense_weight.to(weight)  # the model may have been cast or moved in between
-        self._dense_weight = None
+        # the model may have been cast or moved in between
+        if self._quantized_layer is None:
+            assign(weight, self._dense_weight)
+        else:
+            (layer,) = self._quantized_layer
+            self.base_layer = layer if layer.weight.device == weight.device else layer.to(weight.device)
+            self.base_layer.train(self.training)
+            self.quantization_backend = backend_of(self.base_layer)
+        self._dense_weight = self._quantized_layer = None
         self.merged_adapters.clear()
 
     @torch.no_grad()
@@ -117,14 +135,15 @@ class Linear(nn.Module, PSTLayer):
             )
 
     @torch.no_grad()
-    def masked_weight(self, adapter_name: str) -> Tensor:
-        """The masked weight, [out, in], in the dtype of the parameters."""
+    def masked_weight(self, adapter_name: str, mask: Kept | None = None) -> Tensor:
+        """The masked weight, [out, in], in the dtype of the parameters; of a mask that is known, or else selected."""
         self.check_fingerprint(adapter_name)
         method, weight, arguments = self.inputs(adapter_name)
-        updated, keep = method.weight_and_mask(self._mask(adapter_name), weight, *arguments)
+        updated, keep = method.weight_and_mask(mask or self._mask(adapter_name), weight, *arguments)
         gates = method.importance.gates(keep.to(updated.dtype), None, *method.split(arguments)[1])
         return updated.mul_(gates).masked_fill_(~keep, 0)  # a product alone would leave -0.0
 
+    @torch.compiler.disable  # a graph has no memory of its last call: in evaluation it breaks once a layer
     def _weight_for_inference(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
         """The masked weight in `dtype`, from the last call if that is still right.
 
@@ -132,23 +151,28 @@ class Linear(nn.Module, PSTLayer):
         tensors as large as the weight by entries spread evenly over them. Elsewhere that would cost a
         synchronisation, and versions, `train()`, `eval()` and training steps decide.
         """
-        weight = self.get_base_layer().weight
-        method, _, arguments = self.inputs(adapter_name)
+        base = stored(self.get_base_layer().weight)
+        method, arguments = Method.of(self.pst_config[adapter_name]), self.arguments(adapter_name)
         sources = [*arguments, self.pst_num_pruned[adapter_name]]
         if adapter_name in self.pst_mask:
             sources.append(self.pst_mask[adapter_name])
-        versions = [(tensor.data_ptr(), version(tensor)) for tensor in (weight, *sources)]
+        versions = [(tensor.data_ptr(), version(tensor)) for tensor in (*base, *sources)]
         versions += [dtype, *vars(method.update).values(), *vars(method.importance).values()]
         samples = [self._sample(tensor) for tensor in sources]
-        last = self._inference_weight
-        if last is not None and last.versions == versions:
-            same = zip(last.samples, samples, strict=True)
-            if weight.device.type != "cpu" or all(torch.equal(old, new) for old, new in same):
-                return last.weight
-        samples = [sample.clone() for sample in samples]
-        masked = self.masked_weight(adapter_name).to(dtype)
-        self._inference_weight = InferenceWeight(weight.detach(), samples, versions, masked)
-        return masked
+        plain, last = self._keeps_inference_weight, self._inference_weight
+        same = last is not None and last.versions == versions
+        if same and base[0].device.type == "cpu":
+            same = all(torch.equal(old, new) for old, new in zip(last.samples, samples, strict=True))
+        if not same:
+            samples = [sample.clone() for sample in samples]
+            kept = self.masked_weight(adapter_name).to(dtype) if plain else self._bits(adapter_name)
+            last = InferenceWeight([tensor.detach() for tensor in base], samples, versions, kept)
+            self._inference_weight = last
+        return last.kept if plain else self.masked_weight(adapter_name, Kept(last.kept)).to(dtype)
+
+    def _bits(self, adapter_name: str) -> Tensor:
+        method, weight, arguments = self.inputs(adapter_name)
+        return pack_bits(method.weight_and_mask(self._mask(adapter_name), weight, *arguments)[1])
 
     def _sample(self, tensor: Tensor) -> Tensor:
         stride = tensor.numel() // SAMPLE_SIZE if tensor.shape == self.shape else 1
@@ -160,28 +184,40 @@ class Linear(nn.Module, PSTLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if self.disable_adapters or self.merged or adapter_name is None:
-            return self.base_layer(x, *args, **kwargs)
+            with nullcontext() if self.quantization_backend is None else kept_in_order(self.get_base_layer()):
+                return self.base_layer(x, *args, **kwargs)
         return self._masked_forward(x, adapter_name)
 
-    @torch.compiler.disable  # the selection runs in numpy: one break in the graph a layer, and no recompilation
     def _masked_forward(self, x: Tensor, adapter_name: str) -> Tensor:
-        weight, bias = self.get_base_layer().weight, self.get_base_layer().bias
+        base_layer, bias = self.get_base_layer(), self.get_base_layer().bias
         input_dtype, device = x.dtype, x.device.type
         autocast = torch.is_autocast_enabled(device)
-        x = self._cast_input_dtype(x, torch.get_autocast_dtype(device) if autocast else weight.dtype)
+        x = self._cast_input_dtype(x, torch.get_autocast_dtype(device) if autocast else compute_dtype(base_layer, x))
         bias = bias if bias is None else bias.to(x.dtype)
         with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            if self._trains(adapter_name):
-                self._inference_weight = None
-                self.check_fingerprint(adapter_name)
-                method, oriented, arguments = self.inputs(adapter_name)
-                rows, mask = x.reshape(-1, self.in_features), self._mask(adapter_name)
-                seed = method.importance.draw_seed() if self.training else None
-                y = MaskedLinear.apply(rows, bias, mask, method, seed, oriented, *arguments)
+            if self._trains(adapter_name) or (x.requires_grad and self.quantization_backend is not None):
+                y = self._step(x.reshape(-1, self.in_features), bias, adapter_name)
                 y = y.view(*x.shape[:-1], self.out_features)
             else:
                 y = F.linear(x, self._weight_for_inference(adapter_name, x.dtype), bias)
         return y if autocast else y.to(input_dtype)
+
+    def _step(self, x: Tensor, bias: Tensor | None, adapter_name: str) -> Tensor:
+        self._check_while_compiling(adapter_name)
+        quantized = self.quantization_backend is not None
+        if quantized and torch.compiler.is_compiling():  # a graph would keep the dense weight for backward
+            return torch.compiler.disable(self._step)(x, bias, adapter_name)
+        method, arguments = Method.of(self.pst_config[adapter_name]), self.arguments(adapter_name)
+        mask, seed = self._mask(adapter_name), method.importance.draw_seed() if self.training else None
+        weight = self.frozen_weight if quantized else self._oriented(self.frozen_weight())
+        if torch.compiler.is_compiling():
+            return masked_linear(x, bias, mask, self.pst_config[adapter_name], seed, weight, arguments)
+        self._inference_weight = None
+        return MaskedLinear.apply(x, bias, mask, method, seed, weight, *arguments)
+
+    @torch.compiler.assume_constant_result  # a compiler runs it once, where it traces the step
+    def _check_while_compiling(self, adapter_name: str) -> None:
+        self.check_fingerprint(adapter_name)
 
     def _trains(self, adapter_name: str) -> bool:
         # under gradient checkpointing a training step runs without gradients first
@@ -204,6 +240,9 @@ class Linear(nn.Module, PSTLayer):
     def train(self, mode: bool = True) -> Linear:
         """Set training or evaluation mode; what evaluation keeps is computed anew after it."""
         self._inference_weight = None
+        # in a forward a sharded weight is whole and looks like any other
+        sharded = is_sharded(self.get_base_layer().weight)
+        self._keeps_inference_weight = self.quantization_backend is None and not sharded
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:

@@ -20,6 +20,8 @@ from .labels import share_of_step
 from .layer import PSTLayer, active_layers, overall_sparsity
 from .linear import Linear
 from .patterns import COUPLED, parse_pattern
+from .quantized import check_quantized, dense_dtype, is_quantized, make_dense
+from .sharded import check_launch
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -72,6 +74,11 @@ class PSTModel(BaseTuner):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's output; in training its loss, if it has one, holds the penalty too."""
+        if self.training and kwargs.get("fused_lm_head") and any(c.penalty for c in self.peft_config.values()):
+            raise ValueError(
+                "TRL's SFTTrainer takes its loss from a fused head and not from the model, whose loss has the penalty "
+                "of this adapter in it: make a subclass with compute_loss = transformers.Trainer.compute_loss."
+            )
         output = super().forward(*args, **kwargs)
         if self.training and isinstance(getattr(output, "loss", None), Tensor):
             penalty = self.penalty()
@@ -82,6 +89,7 @@ class PSTModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the target modules, as in PEFT, and prune them to its initial sparsity."""
+        check_launch()
         config = self.peft_config[adapter_name]
         self._couplings: dict[str, Coupling] = {}
         if config.pattern in COUPLED:
@@ -127,9 +135,16 @@ class PSTModel(BaseTuner):
             target.update_layer(adapter_name, peft_config, pattern, group, peft_config.inference_mode)
             return
         layer = Linear(target, adapter_name, peft_config, pattern, group, peft_config.inference_mode)
+        layer.dense_dtype = dense_dtype(self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if merge:
+            make_dense(model)
+        return model
 
     def _coupling(self, peft_config: PSTConfig, key: str) -> Coupling:
         """The coupling of a target, all of whose partners are targets too."""
@@ -153,8 +168,10 @@ def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x Wᵀ + b and nothing else."""
     # transformers' FalconLinear overrides forward with the same formula
     forwards = (nn.Linear.forward, Conv1D.forward)
-    return isinstance(module, (nn.Linear, Conv1D)) and (
-        type(module).forward in forwards or type(module).__name__ == "FalconLinear"
+    return (
+        isinstance(module, (nn.Linear, Conv1D))
+        and (type(module).forward in forwards or type(module).__name__ == "FalconLinear")
+        and not is_quantized(module)
     )
 
 
@@ -166,11 +183,14 @@ def bypasses_forward(parent: nn.Module) -> bool:
 
 def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
     """Raise TypeError if a target module is not a linear layer that PST can prune."""
-    if not is_plain_linear(target):
+    if is_quantized(target):
+        check_quantized(target, key)
+    elif not is_plain_linear(target):
         raise TypeError(
             f"The target module {key!r} is a {type(target).__name__}, but PST prunes plain linear layers "
-            "(torch.nn.Linear, transformers' Conv1D, not quantized). Name such layers in target_modules, or leave it "
-            "out and get all linear layers of the model's blocks."
+            "(torch.nn.Linear, transformers' Conv1D, or quantized by bitsandbytes or torchao, no other library: PST "
+            "reads the weight in each step). Name such layers in target_modules, or leave it out and get all linear "
+            "layers of the model's blocks."
         )
     if bypasses_forward(parent):
         raise TypeError(
@@ -201,7 +221,8 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             parameters = module.named_parameters(recurse=False)
             stacked += [f"{name}.{key}" for key, p in parameters if p.ndim == 3 and min(p.shape) > 1]
         parent, _, own_name = name.rpartition(".")
-        if is_plain_linear(module) and own_name not in ROUTERS and not bypasses_forward(modules[parent]):
+        linear = is_plain_linear(module) or is_quantized(module)
+        if linear and own_name not in ROUTERS and not bypasses_forward(modules[parent]):
             # another adapter may be there already, around the layer
             plain_name = name.removesuffix(".base_layer")
             wanted = among is None or plain_name in among
@@ -221,6 +242,14 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             raise ValueError(
                 f"{type(model).__name__} has no neurons or heads in its blocks that are known to this pattern: name "
                 "the linear layers that share them in coupled_modules."
+            )
+        quantization = getattr(model, "quantization_method", None)
+        if quantization is not None:
+            raise TypeError(
+                f"The linear layers of this {type(model).__name__} are quantized by "
+                f"{getattr(quantization, 'value', quantization)}, and PST, which reads the weight in each step, does "
+                "that only for bitsandbytes (load_in_4bit, load_in_8bit) and torchao (weights only): load the model "
+                "with one of them, or without quantization."
             )
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear layer inside a "

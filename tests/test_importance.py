@@ -3,6 +3,7 @@ import torch
 from peft import get_peft_model
 from reference import plain_hard_concrete, plain_importance, plain_step, random_factors
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_pst import PSTConfig
 from peft_pst.functional import Kept, Live, MaskedLinear, Method
@@ -165,3 +166,12 @@ def test_the_penalty_is_in_the_loss_of_a_training_step(importance, bert, tokens)
 
 def test_without_a_penalty_nothing_is_charged(bert):
     assert get_peft_model(bert(), config("l0")).base_model.penalty() == 0.0
+
+
+def test_a_loss_from_elsewhere_would_leave_out_the_penalty():
+    """TRL tells the model that its head and loss are fused elsewhere."""
+    llama = LlamaForCausalLM(LlamaConfig(99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    model = get_peft_model(llama, config("l0", "full", task_type="CAUSAL_LM", penalty=3.0))
+    ids = torch.arange(6).view(1, 6)
+    with pytest.raises(ValueError, match="TRL's SFTTrainer takes its loss from a fused head"):
+        model.train()(input_ids=ids, labels=ids, fused_lm_head=True)

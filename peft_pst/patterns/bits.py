@@ -5,8 +5,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_BIT_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)  # the order of numpy.packbits
-
 
 def pack_bits(mask: Tensor) -> Tensor:
     """A bool mask as one bit an entry, uint8 [ceil(numel / 8)], in the order of `numpy.packbits`."""
@@ -25,7 +23,7 @@ def _pack_numpy(flat: Tensor) -> Tensor:
 
 def _pack_torch(flat: Tensor) -> Tensor:
     padded = F.pad(flat.view(torch.uint8), (0, -flat.numel() % 8)).view(-1, 8)
-    return (padded * padded.new_tensor(_BIT_WEIGHTS)).sum(1, dtype=torch.uint8)
+    return (padded << _places(flat.device)).sum(1, dtype=torch.uint8)
 
 
 def _unpack_numpy(bits: Tensor, numel: int) -> Tensor:
@@ -33,4 +31,10 @@ def _unpack_numpy(bits: Tensor, numel: int) -> Tensor:
 
 
 def _unpack_torch(bits: Tensor, numel: int) -> Tensor:
-    return ((bits[:, None] & bits.new_tensor(_BIT_WEIGHTS)) != 0).flatten()[:numel]
+    return (bits[:, None] >> _places(bits.device) & 1).flatten()[:numel]
+
+
+def _places(device: torch.device) -> Tensor:
+    """How far each bit of a byte is shifted, in the order of `numpy.packbits`; made on the device, where a copy from
+    the host would make the host wait."""
+    return torch.arange(7, -1, -1, dtype=torch.uint8, device=device)

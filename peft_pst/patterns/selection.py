@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 
-def keep_largest(importance: Tensor, num_pruned: int) -> Tensor:
+def keep_largest(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
     """Prune the `num_pruned` least important entries.
 
     Entries of equal importance are pruned in row-major order, so the count is exact and the mask does not depend on
@@ -13,7 +13,8 @@ def keep_largest(importance: Tensor, num_pruned: int) -> Tensor:
 
     Args:
         importance: any shape, any floating dtype.
-        num_pruned: from 0 to the number of entries.
+        num_pruned: from 0 to the number of entries; as an int64 scalar it is not read from another device than the
+            CPU, so that nothing waits for that device.
 
     Returns:
         The mask, bool, of the same shape: True where an entry stays.
@@ -21,14 +22,16 @@ def keep_largest(importance: Tensor, num_pruned: int) -> Tensor:
     importance = importance.detach()
     if importance.dtype in (torch.float16, torch.bfloat16):
         importance = importance.float()  # exact, and numpy knows no bfloat16
-    if num_pruned == 0:
-        return torch.ones_like(importance, dtype=torch.bool)
-    return (_mask_numpy if importance.device.type == "cpu" else _mask_torch)(importance, num_pruned)
+    if importance.device.type != "cpu":
+        return _mask_torch(importance, num_pruned)
+    num_pruned = int(num_pruned)
+    return _mask_numpy(importance, num_pruned) if num_pruned else torch.ones_like(importance, dtype=torch.bool)
 
 
 def _mask_numpy(importance: Tensor, num_pruned: int) -> Tensor:
     # numpy's vectorized partition finds the threshold ten times faster than torch.kthvalue
-    scores = importance.numpy().ravel()
+    # .numpy() would fix the size of a memory that FSDP2 frees, where the importance is a parameter itself
+    scores = np.from_dlpack(importance).ravel()
     threshold = np.partition(scores, num_pruned - 1)[num_pruned - 1]
     keep = scores > threshold
     num_ties = scores.size - num_pruned - np.count_nonzero(keep)
@@ -37,11 +40,7 @@ def _mask_numpy(importance: Tensor, num_pruned: int) -> Tensor:
     return torch.from_numpy(keep).view(importance.shape)
 
 
-def _mask_torch(importance: Tensor, num_pruned: int) -> Tensor:
-    scores = importance.flatten()
-    threshold = scores.kthvalue(num_pruned).values
-    keep = scores > threshold
-    ties = scores == threshold
-    num_ties_pruned = num_pruned - (~keep & ~ties).sum()
-    keep |= ties & (ties.cumsum(0) > num_ties_pruned)
-    return keep.view(importance.shape)
+def _mask_torch(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
+    order = importance.flatten().argsort(stable=True)
+    keep = torch.arange(order.numel(), device=order.device) >= num_pruned
+    return torch.empty_like(keep).scatter_(0, order, keep).view(importance.shape)

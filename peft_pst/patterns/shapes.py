@@ -25,11 +25,12 @@ class Pattern(Protocol):
     def num_pruned(self, shape: torch.Size, sparsity: float) -> int:
         """How many entries of a weight are pruned at a sparsity: as many whole units as fit."""
 
-    def mask(self, importance: Tensor, num_pruned: int) -> Tensor:
+    def mask(self, importance: Tensor, num_pruned: int | Tensor) -> Tensor:
         """The mask with `num_pruned` pruned entries, a number that `num_pruned()` gave.
 
         Args:
             importance: [out, in], any floating dtype; that of a unit is the sum over what it would lose.
+            num_pruned: a number, or an int64 scalar on the device of the importance.
 
         Returns:
             [out, in], bool: True where an entry stays.
@@ -57,7 +58,7 @@ class Units:
         size = self.unit_size(shape)
         return int(shape.numel() // size * sparsity) * size
 
-    def mask(self, importance: Tensor, num_pruned: int) -> Tensor:
+    def mask(self, importance: Tensor, num_pruned: int | Tensor) -> Tensor:
         keep = keep_largest(self.scores(importance), num_pruned // self.unit_size(importance.shape))
         return self.expand(keep, importance.shape)
 
@@ -154,7 +155,7 @@ class GroupsOf:
     def num_pruned(self, shape: torch.Size, sparsity: float) -> int:
         return int(shape.numel() // self.size * (sparsity / self.max_sparsity)) * (self.size - self.kept)
 
-    def mask(self, importance: Tensor, num_pruned: int) -> Tensor:
+    def mask(self, importance: Tensor, num_pruned: int | Tensor) -> Tensor:
         groups = importance.reshape(-1, self.size).T.contiguous()  # [M, groups]: long rows compare faster
         rank = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
         for i in range(self.size):

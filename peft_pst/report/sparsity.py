@@ -56,8 +56,9 @@ def effective_weight(module: nn.Module) -> Tensor:
     if _prunes(module):
         return module.masked_weight(module.active_pst_adapter)
     base = module.get_base_layer() if isinstance(module, PSTLayer) else module
+    weight = module.frozen_weight() if isinstance(module, PSTLayer) else base.weight
     transposed = isinstance(base, Conv1D) or (isinstance(base, SparseLinear) and base.conv1d)
-    return base.weight.detach().T if transposed else base.weight.detach()
+    return weight.detach().T if transposed else weight.detach()
 
 
 def layer_type(name: str) -> str:
@@ -68,7 +69,7 @@ def layer_type(name: str) -> str:
 def _row(name: str, module: nn.Module) -> TensorSparsity:
     if _prunes(module):
         return TensorSparsity(name, module.shape.numel(), module.num_pruned)
-    weight = module.weight
+    weight = effective_weight(module)
     return TensorSparsity(name, weight.numel(), weight.numel() - int(torch.count_nonzero(weight)))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..merged import check_merged
+from ..sharded import gathered, is_sharded
 from .files import replacing
 from .linear import PREFIX, SparseLinear
 from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of, widths_in
@@ -43,6 +45,9 @@ def save_pretrained(
     The folder is written beside its place and then exchanged with what is there: it holds the old model or the new
     one, whatever happens. Files of other names stay in it.
 
+    A model that FSDP2 or ZeRO-3 spreads over processes is gathered, a tensor at a time, and written by the first of
+    them: all processes call this, and each returns when the folder is there.
+
     Args:
         model (`PreTrainedModel`):
             The model, after `merge_and_unload()`.
@@ -59,11 +64,17 @@ def save_pretrained(
             Bytes of a file, after which the next one begins.
 
     Raises:
-        TypeError: if it is no model of transformers, or its weights are quantized or distributed.
+        TypeError: if it is no model of transformers, or its weights are quantized.
         ValueError: if an adapter is not merged yet, the model is not all in memory, the format is unknown, or the
             folder is that of an adapter.
     """
     _check(model, format)
+    sharded = any(is_sharded(tensor) for tensor in model.state_dict(keep_vars=True).values())
+    if sharded and torch.distributed.get_rank() != 0:
+        for _, _, tensor in _entries(model):
+            gathered(tensor)
+        torch.distributed.barrier()
+        return
     if Path(folder, "adapter_config.json").exists():
         raise ValueError(
             f"{os.fspath(folder)!r} holds an adapter, which transformers would open instead of the model: save the "
@@ -73,11 +84,14 @@ def save_pretrained(
         if format == "dense" or values != "exact":
             model = densify(copy.deepcopy(model)) if _has_sparse_layers(model) else model
         if format == "dense":
-            model.save_pretrained(written, max_shard_size=max_shard_size)
+            whole = {name: gathered(tensor).detach().cpu() for name, _, tensor in _entries(model)} if sharded else None
+            model.save_pretrained(written, max_shard_size=max_shard_size, state_dict=whole)
         else:
             _write(model, written, values, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(written)
+    if sharded:
+        torch.distributed.barrier()
 
 
 def _check(model: nn.Module, format: str) -> None:
@@ -114,6 +128,7 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
         entries, desc="saving", unit="tensor", disable=None if len(entries) > 100 else True
     ):
         whole = name == f"{as_it_is}.weight"
+        tensor = gathered(tensor)
         parts = {name: tensor} if whole else _parts(name, module, tensor, values, weights)
         for key, part in parts.items():
             if shard and size + _bytes(part) > max_shard_size:
@@ -146,9 +161,10 @@ def _entries(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
     """Name, module and value of each tensor of the state dict; of tensors that share their data the first."""
     seen = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.data_ptr() in seen and tensor.numel():
+        key = id(tensor) if is_sharded(tensor) else tensor.data_ptr()  # the same in all processes
+        if key in seen and tensor.numel():
             continue
-        seen.add(tensor.data_ptr())
+        seen.add(key)
         yield name, model.get_submodule(name.rpartition(".")[0]), tensor
 
 

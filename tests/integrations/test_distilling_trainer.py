@@ -3,7 +3,7 @@ import torch
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig, create_pst_optimizer
 from peft_pst.integrations import PSTCallback, PSTTrainer
@@ -162,6 +162,47 @@ def test_a_callback_given_besides_counts_once(tmp_path):
     arguments = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     trainer = PSTTrainer(model, arguments, train_dataset=Tokens(), callbacks=[PSTCallback()])
     assert sum(isinstance(callback, PSTCallback) for callback in trainer.callback_handler.callbacks) == 1
+
+
+def test_logits_that_the_loss_is_not_made_of_teach_nothing(tmp_path):
+    """As of a Trainer with a loss of its own, such as TRL's."""
+
+    class Fused(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            outputs.logits = outputs.logits.detach()
+            return (loss, outputs) if return_outputs else loss
+
+    class Taught(PSTTrainer, Fused):
+        pass
+
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to="none", use_cpu=True)
+    trainer = Taught(student(), arguments, train_dataset=Tokens(), distillation=LOGITS)
+    with pytest.raises(ValueError, match=r"\['logits'\] have no gradient: Taught does not take its loss from the log"):
+        trainer.train()
+
+
+def test_the_trainer_makes_the_optimizer_with_the_learning_rates_given(tmp_path):
+    model = student(update="full", modules_to_save=["lm_head"])
+    arguments = TrainingArguments(
+        str(tmp_path), learning_rate=2e-4, weight_decay=0.1, adam_beta1=0.8, optim="adamw_torch", use_cpu=True
+    )
+    trainer = PSTTrainer(model, arguments, train_dataset=Tokens(), learning_rates={"head_lr": 5e-3, "delta_lr": 3e-5})
+    found = {}
+    for group in trainer.create_optimizer().param_groups:
+        assert (group["weight_decay"], group["betas"][0]) == (0.1, 0.8)
+        found |= {id(parameter): group["lr"] for parameter in group["params"]}
+    trained = {name.removesuffix(".default"): p for name, p in model.named_parameters() if p.requires_grad}
+    rates = {name.rpartition(".")[2]: found[id(p)] for name, p in trained.items()}
+    assert rates == {"pst_D": 3e-5, "pst_A": 2e-4, "pst_B": 2e-4, "pst_R": 2e-4, "pst_C": 2e-4, "weight": 5e-3}
+    with pytest.raises(ValueError, match="leave out one of the two"):
+        PSTTrainer(
+            model,
+            arguments,
+            train_dataset=Tokens(),
+            optimizers=(create_pst_optimizer(model), None),
+            learning_rates={"lr": 1e-4},
+        )
 
 
 def test_a_penalty_counts_once_a_step(tmp_path):

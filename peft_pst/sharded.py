@@ -1,0 +1,69 @@
+"""Weights that are spread over processes, by FSDP2 or by DeepSpeed's ZeRO-3: how they are read and written.
+
+In a forward both hand whole tensors to a module. Elsewhere, where masks are selected for several steps or adapters are
+merged, a parameter is only this process' part of it. Everything here that is about such a parameter runs in all
+processes at once.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has only a part of a tensor."""
+    return isinstance(tensor, DTensor) or _is_partitioned(tensor)
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole tensor; itself if it is whole."""
+    if isinstance(tensor, DTensor):
+        return tensor.full_tensor()
+    if _is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor
+
+
+@torch.no_grad()
+def assign(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Give a parameter another value, whole or sharded as it is itself. Returns the one that it had, for `assign`."""
+    if isinstance(parameter, DTensor):
+        before = parameter.detach().clone()
+        if not isinstance(value, DTensor):
+            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        parameter.copy_(value)  # in place: FSDP2 gathers from this memory
+        return before
+    if _is_partitioned(parameter):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+            before = parameter.detach().clone()
+            parameter.copy_(value)
+        return before
+    before, parameter.data = parameter.data, value.to(parameter)
+    return before
+
+
+def _is_partitioned(tensor: Tensor) -> bool:
+    return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
+
+
+def check_launch() -> None:
+    """Raise ValueError if accelerate is to hand out the weights of the first process under FSDP2.
+
+    It does so for parameters only, while an adapter keeps its sparsity and its masks in buffers.
+    """
+    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    if all(os.environ.get(name, "").lower() == value for name, value in settings.items()):
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading is true, but under FSDP2 accelerate hands out parameters only, and a PST "
+            "adapter keeps its sparsity and its masks in buffers: set fsdp_cpu_ram_efficient_loading: false in the "
+            "config of accelerate, or cpu_ram_efficient_loading in the fsdp_config of TrainingArguments."
+        )

@@ -1,0 +1,79 @@
+import pytest
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from torch.distributed.fsdp import fully_shard
+
+from peft_pst import PSTConfig, save_pretrained, shrink
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def sharded(bert, **choices):
+    """A sharded model with an adapter, and the same one whole."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = get_peft_model(bert(), PSTConfig(sparsity=0.8, initial_sparsity=0.8, init_weights=False, **choices))
+        models.append(model.eval())
+    for layer in models[0].base_model.model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(models[0])
+    return [model.eval() for model in models]
+
+
+@pytest.mark.parametrize("choices", [{}, {"pattern": "neuron"}], ids=str)
+def test_a_sharded_weight_is_pruned_merged_and_put_back(one_process, bert, choices):
+    model, whole = sharded(bert, **choices)
+    name = "base_model.model.bert.encoder.layer.0.output.dense"
+    ids = torch.arange(8).view(2, 4)
+    with torch.no_grad():
+        for sparsity in (0.8, 0.5):
+            for each in (model, whole):
+                each.base_model.set_sparsity(sparsity)
+            assert torch.equal(model(ids)[0], whole(ids)[0])
+        layer, expected = model.get_submodule(name), whole.get_submodule(name)
+        assert torch.equal(layer.masked_weight("default"), expected.masked_weight("default"))
+        dense = layer.base_layer.weight.full_tensor().clone()
+        model.merge_adapter(safe_merge=True)
+        whole.merge_adapter()
+        assert torch.equal(layer.base_layer.weight.full_tensor(), expected.base_layer.weight)
+        assert torch.equal(model(ids)[0], whole(ids)[0])
+        model.unmerge_adapter()
+        assert torch.equal(layer.base_layer.weight.full_tensor(), dense)
+
+
+def test_evaluation_keeps_no_whole_weight_of_a_sharded_model(one_process, bert):
+    model, whole = sharded(bert)
+    for each, bytes_an_entry in ((model, 1 / 8), (whole, 4)):
+        with torch.no_grad():
+            each(torch.arange(8).view(2, 4))
+            each(torch.arange(8).view(2, 4))
+        layer = each.get_submodule("base_model.model.bert.encoder.layer.0.output.dense")
+        kept = [value for value in layer._inference_weight if isinstance(value, torch.Tensor)]
+        assert sum(tensor.nbytes for tensor in kept) == layer.shape.numel() * bytes_an_entry
+
+
+def test_what_takes_a_whole_model_refuses_a_sharded_one(one_process, bert, tmp_path):
+    model, whole = sharded(bert)
+    merged = model.merge_and_unload()
+    with pytest.raises(TypeError, match="spread over processes, but shrink takes a whole model: save it with"):
+        shrink(merged)
+    save_pretrained(merged, tmp_path / "gathered")
+    save_pretrained(whole.merge_and_unload(), tmp_path / "whole")
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("gathered", "whole")]
+    assert files[0] == files[1]
+
+
+def test_a_launch_that_would_lose_the_buffers_is_refused(bert, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
+        monkeypatch.setenv(name, value)
+    get_peft_model(bert(), PSTConfig())
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
+    with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading: false"):
+        get_peft_model(bert(), PSTConfig())
