@@ -22,6 +22,9 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     earlier calls have seen. Nothing is kept but one number an input, so the memory does not grow with the data. Tokens
     that an `attention_mask` leaves out do not count.
 
+    In a training of several processes all of them call this, each with a part of the data or with all of it, and each
+    learns what the others have seen, so that all prune the same entries.
+
     Args:
         model (`nn.Module`):
             A model with PST layers whose active adapter has `importance="wanda"`.
@@ -32,7 +35,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     Raises:
         ValueError: if no active adapter has `importance="wanda"`, the adapter is merged, or there is no batch.
     """
-    layers = [layer for layer in active_layers(model) if Method.of(layer.active_config).importance.buffers]
+    layers = [layer for layer in active_layers(model) if _buffers(layer)]
     if not layers:
         raise ValueError(
             "calibrate() has nothing to note: no active adapter has importance='wanda', the only one that looks at "
@@ -41,6 +44,8 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     if any(layer.merged for layer in layers):
         raise ValueError("The adapter is merged: call unmerge_adapter() before calibrate().")
     padding = Padding()
+    seen = [buffer.view(torch.float64) for layer in layers for buffer in _buffers(layer)]
+    before = [buffer.clone() for buffer in seen]
     training = model.training
     handles = [layer.register_forward_pre_hook(partial(_note, padding)) for layer in layers]
     model.eval()
@@ -54,6 +59,11 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
         model.train(training)
         for handle in handles:
             handle.remove()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        for buffer, earlier in zip(seen, before, strict=True):
+            buffer -= earlier
+            torch.distributed.all_reduce(buffer)
+            buffer += earlier
 
 
 class Padding:
@@ -77,5 +87,9 @@ def _note(padding: Padding, layer: PSTLayer, args: tuple[Tensor, ...]) -> None:
     x = args[0]
     counts = padding.mask is not None and x.shape[:2] == padding.mask.shape
     tokens = x[padding.mask.to(x.device)] if counts and x.ndim == 3 else x.reshape(-1, x.shape[-1])
-    importance = Method.of(layer.active_config).importance
-    importance.observe(tokens, *(getattr(layer, name)[layer.active_pst_adapter] for name in importance.buffers))
+    Method.of(layer.active_config).importance.observe(tokens, *_buffers(layer))
+
+
+def _buffers(layer: PSTLayer) -> list[Tensor]:
+    names = Method.of(layer.active_config).importance.buffers
+    return [getattr(layer, name)[layer.active_pst_adapter] for name in names]

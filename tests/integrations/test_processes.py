@@ -25,6 +25,7 @@ SIZES = {
 }
 LIVE = '{"sparsity": 0.8}'
 KEPT = '{"sparsity": 0.8, "budget": "global", "mask_interval": 3}'
+WANDA = '{"sparsity": 0.8, "importance": "wanda"}'
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed, which is in .venv-transformers5"
 )
@@ -88,11 +89,12 @@ def one_process(tmp_path_factory):
         ("ddp", LIVE),
         ("fsdp2", LIVE),
         ("fsdp2", KEPT),
+        ("fsdp2", WANDA),
         pytest.param("zero2", LIVE, marks=needs_deepspeed),
         pytest.param("zero3", LIVE, marks=needs_deepspeed),
         pytest.param("zero3", KEPT, marks=needs_deepspeed),
     ],
-    ids=lambda value: value if value[0] != "{" else "kept" if value == KEPT else "live",
+    ids={LIVE: "live", KEPT: "kept", WANDA: "wanda"}.get,
 )
 def test_two_processes_train_what_one_does(tmp_path, one_process, kind, config):
     folder = train(tmp_path / "two", kind, config, 2)

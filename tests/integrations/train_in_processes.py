@@ -20,7 +20,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
-from peft_pst import PSTConfig, PSTLayer, save_pretrained
+from peft_pst import PSTConfig, PSTLayer, calibrate, save_pretrained
 from peft_pst.integrations import PSTTrainer
 
 folder, kind, choices = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
@@ -103,6 +103,9 @@ arguments = TrainingArguments(
 base = BertForSequenceClassification.from_pretrained(folder / "base")
 model = get_peft_model(base, PSTConfig(task_type="SEQ_CLS", **choices))
 data = [{"input_ids": torch.randint(0, 99, (7,)), "labels": int(torch.randint(0, 2, ()))} for _ in range(60)]
+if choices.get("importance") == "wanda":
+    batches = [{"input_ids": row["input_ids"][None]} for row in data]
+    calibrate(model, batches[rank::processes])
 masks = Masks()
 trainer = PSTTrainer(model, arguments, train_dataset=data, learning_rates={"lr": 3e-4}, callbacks=[masks])
 trainer.train(resume_from_checkpoint="--resume" in sys.argv)
