@@ -160,7 +160,9 @@ def main() -> None:
     # that was trained may lie in pieces on several devices.
     state = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(args.output / "adapter", state_dict=state)
+        state = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}  # if it was compiled
+        trained = accelerator.unwrap_model(model, keep_torch_compile=False)
+        trained.save_pretrained(args.output / "adapter", state_dict=state)
         unset_hf_deepspeed_config()  # this one is opened whole
         adapted = PeftModel.from_pretrained(load_model(source, labels), args.output / "adapter")
         targets = adapted.base_model.get_sparsity()

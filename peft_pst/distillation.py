@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from .labels import IGNORED, predicts_next, without_adapter
+from .sharded import is_sharded, reshard
 
 LOSSES = ("logits", "last_hidden_state", "hidden_states")
 
@@ -98,7 +99,7 @@ class Distillation:
             elif config.logits and any(isinstance(module, AuxiliaryTrainingWrapper) for module in model.modules()):
                 _warn_of_the_head()
         if self._teacher is not None:
-            self._teacher.to(next(model.parameters()).device).eval()
+            self._teacher.eval()
 
     def request(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of the student, with what the losses need of its outputs."""
@@ -120,7 +121,21 @@ class Distillation:
                 teacher = self._student
                 stack.enter_context(_evaluating(teacher))
                 stack.enter_context(teacher.disable_adapter())
+                # on its way out it thaws a head: the sharded one has to, which the checkpoint knows
+                stack.callback(reshard, teacher)
+            else:
+                self._place(teacher, next(value.device for value in kept.values() if isinstance(value, Tensor)))
             return teacher(**kept)
+
+    def _place(self, teacher: nn.Module, device: torch.device) -> None:
+        """Move the teacher where the inputs are: sharding moves a student only after its Trainer was made."""
+        if not isinstance(self.config.teacher, nn.Module) and any(map(is_sharded, self._student.parameters())):
+            raise ValueError(
+                f"teacher={self.config.teacher!r} shares the frozen weights of the student, but these are spread over "
+                "processes: give the teacher as a model of its own, or None for the frozen weights themselves."
+            )
+        if next(teacher.parameters()).device != device:
+            teacher.to(device)
 
     def losses(self, inputs: Mapping[str, Any], student: ModelOutput, teacher: ModelOutput) -> dict[str, Tensor]:
         """Each loss that has a weight, unweighted: the mean over the tokens, or texts, that count."""

@@ -17,7 +17,7 @@ from .layer import PARAMETERS, PSTLayer, check_one_adapter, version
 from .operations import masked_linear
 from .patterns import Pattern, pack_bits
 from .quantized import backend_of, compute_dtype, dense_layer, kept_in_order, stored
-from .sharded import assign, is_sharded
+from .sharded import assign, is_sharded, need
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -243,6 +243,7 @@ class Linear(nn.Module, PSTLayer):
         # in a forward a sharded weight is whole and looks like any other
         sharded = is_sharded(self.get_base_layer().weight)
         self._keeps_inference_weight = self.quantization_backend is None and not sharded
+        need(self, self.parameters())
         return super().train(mode)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Linear:

@@ -8,9 +8,11 @@ processes at once.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 
@@ -29,6 +31,22 @@ def gathered(tensor: Tensor) -> Tensor:
         with deepspeed.zero.GatheredParameters([tensor]):
             return tensor.detach().clone()
     return tensor
+
+
+def need(module: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Tell ZeRO-3 that a module reads parameters of others, which it else finds out only if they are not there."""
+    for parameter in parameters:
+        if hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            deepspeed.zero.register_external_parameter(module, parameter)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what FSDP2 has gathered for a forward: the parameters of a model are this process' parts again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()

@@ -12,6 +12,16 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """TrainingArguments write their choices, such as a precision or a compiler, where other processes read them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture
 def bert():
     """A function that makes a tiny BERT classifier with random weights, the same for the same seed."""

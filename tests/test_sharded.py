@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.distributed.fsdp import fully_shard
 
-from peft_pst import PSTConfig, save_pretrained, shrink
+from peft_pst import Distillation, DistillationConfig, PSTConfig, save_pretrained, shrink
 
 
 @pytest.fixture
@@ -77,3 +77,17 @@ def test_a_launch_that_would_lose_the_buffers_is_refused(bert, monkeypatch):
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "True")
     with pytest.raises(ValueError, match="set fsdp_cpu_ram_efficient_loading: false"):
         get_peft_model(bert(), PSTConfig())
+
+
+def test_a_teacher_on_shared_weights_does_not_go_with_sharded_ones(one_process, bert, tmp_path):
+    get_peft_model(bert(), LoraConfig(target_modules=["query"])).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    model = get_peft_model(bert(), PSTConfig(sparsity=0.8))
+    distillation = Distillation(model, DistillationConfig(teacher=tmp_path))
+    inputs = {"input_ids": torch.arange(8).view(2, 4)}
+    distillation.teach(inputs)
+    fully_shard(model)
+    with pytest.raises(
+        ValueError, match="but these are spread over processes: give the teacher as a model of its own"
+    ):
+        distillation.teach(inputs)

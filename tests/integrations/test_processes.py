@@ -44,7 +44,8 @@ def train(folder, kind, config, processes, *options):
     for rank in range(processes):
         environment = {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
         with (folder / f"log-{rank}").open("w") as log:
-            command = [sys.executable, SCRIPT, folder, kind, config, *options]
+            taught = ["--distill"] if config == KEPT else []
+            command = [sys.executable, SCRIPT, folder, kind, config, *taught, *options]
             runs.append(subprocess.Popen(command, env=os.environ | environment, stdout=log, stderr=log))
     codes = [run.wait(timeout=300) for run in runs]
     assert codes == [0] * processes, "\n\n".join((folder / f"log-{i}").read_text()[-3000:] for i in range(processes))

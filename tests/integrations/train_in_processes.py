@@ -1,4 +1,4 @@
-"""One of the processes of a training: train_in_processes.py FOLDER KIND CONFIG [--stop STEP] [--resume].
+"""One of the processes of a training: train_in_processes.py FOLDER KIND CONFIG [--distill] [--resume].
 
 FOLDER holds the model in `base`; KIND is ddp, fsdp2, zero2 or zero3; CONFIG is JSON, the arguments of PSTConfig. The
 global batch is the same for any number of processes, which torch.distributed reads from the environment.
@@ -20,11 +20,10 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import save_file
 from transformers import BertForSequenceClassification, TrainerCallback, TrainingArguments, set_seed
 
-from peft_pst import PSTConfig, PSTLayer, calibrate, save_pretrained
+from peft_pst import DistillationConfig, PSTConfig, PSTLayer, calibrate, save_pretrained
 from peft_pst.integrations import PSTTrainer
 
 folder, kind, choices = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
-stop = int(sys.argv[sys.argv.index("--stop") + 1]) if "--stop" in sys.argv else None
 rank, processes = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 GLOBAL_BATCH, BATCH = 12, 2
 # what `accelerate launch` makes of a config file
@@ -52,7 +51,7 @@ def shard_on_cpu() -> None:
 
 
 class Masks(TrainerCallback):
-    """Notes which entries are pruned after each step, and stops where it should."""
+    """Notes which entries are pruned after each step."""
 
     hashes: list[str]
 
@@ -64,7 +63,6 @@ class Masks(TrainerCallback):
         for layer in (module for module in model.modules() if isinstance(module, PSTLayer)):
             digest.update((layer.masked_weight("default") == 0).numpy().tobytes())
         self.hashes.append(digest.hexdigest())
-        control.should_training_stop = state.global_step == stop
 
 
 # several processes on a CPU make transformers load an optimizer onto a device of this name, unknown to torch
@@ -90,6 +88,7 @@ if kind.startswith("zero"):
 arguments = TrainingArguments(
     str(folder),
     max_steps=20,
+    data_seed=0,
     per_device_train_batch_size=BATCH,  # a Trainer that resumes takes it from the checkpoint
     gradient_accumulation_steps=GLOBAL_BATCH // (BATCH * processes),
     save_steps=10,
@@ -107,7 +106,15 @@ if choices.get("importance") == "wanda":
     batches = [{"input_ids": row["input_ids"][None]} for row in data]
     calibrate(model, batches[rank::processes])
 masks = Masks()
-trainer = PSTTrainer(model, arguments, train_dataset=data, learning_rates={"lr": 3e-4}, callbacks=[masks])
+distillation = DistillationConfig(logits=0, hidden_states=1.0) if "--distill" in sys.argv else None
+trainer = PSTTrainer(
+    model,
+    arguments,
+    train_dataset=data,
+    learning_rates={"lr": 3e-4},
+    distillation=distillation,
+    callbacks=[masks],
+)
 trainer.train(resume_from_checkpoint="--resume" in sys.argv)
 torch.save(masks.hashes, folder / f"masks-{rank}.pt")
 state = trainer.accelerator.get_state_dict(trainer.model_wrapped)
