@@ -170,7 +170,7 @@ def test_without_a_penalty_nothing_is_charged(bert):
 
 def test_a_loss_from_elsewhere_would_leave_out_the_penalty():
     """TRL tells the model that its head and loss are fused elsewhere."""
-    llama = LlamaForCausalLM(LlamaConfig(99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
+    llama = LlamaForCausalLM(LlamaConfig(vocab_size=99, hidden_size=16, num_hidden_layers=1, num_attention_heads=2))
     model = get_peft_model(llama, config("l0", "full", task_type="CAUSAL_LM", penalty=3.0))
     ids = torch.arange(6).view(1, 6)
     with pytest.raises(ValueError, match="TRL's SFTTrainer takes its loss from a fused head"):
