@@ -28,7 +28,7 @@ SAMPLE_SIZE = 4096
 class InferenceWeight(NamedTuple):
     """A masked weight that evaluation uses again as long as nothing that it was computed from has changed."""
 
-    base: list[Tensor]  # what holds W, kept alive so that its address stays its own
+    base: list[Tensor]  # what holds W, kept alive so that its address stays its own; nothing where it is sharded
     samples: list[Tensor]  # copies of everything else that the weight was computed from, or of entries of it
     versions: list[Any]  # the address and version of each of them, the dtype, and the numbers of the method
     kept: Tensor  # the weight; over a quantized or sharded base, which is to save its memory, only the mask as bits
@@ -56,7 +56,7 @@ class Linear(nn.Module, PSTLayer):
         self._quantized_layer: tuple[nn.Module] | None = None
         self.dense_dtype = torch.float32
         self._inference_weight: InferenceWeight | None = None
-        self._keeps_inference_weight = self.quantization_backend is None
+        self._is_sharded = False
         self.update_layer(adapter_name, config, pattern, group, inference_mode)
 
     def _oriented(self, weight: Tensor) -> Tensor:
@@ -159,14 +159,16 @@ class Linear(nn.Module, PSTLayer):
         versions = [(tensor.data_ptr(), version(tensor)) for tensor in (*base, *sources)]
         versions += [dtype, *vars(method.update).values(), *vars(method.importance).values()]
         samples = [self._sample(tensor) for tensor in sources]
-        plain, last = self._keeps_inference_weight, self._inference_weight
+        plain, last = self.quantization_backend is None and not self._is_sharded, self._inference_weight
         same = last is not None and last.versions == versions
         if same and base[0].device.type == "cpu":
             same = all(torch.equal(old, new) for old, new in zip(last.samples, samples, strict=True))
         if not same:
             samples = [sample.clone() for sample in samples]
             kept = self.masked_weight(adapter_name).to(dtype) if plain else self._bits(adapter_name)
-            last = InferenceWeight([tensor.detach() for tensor in base], samples, versions, kept)
+            # a whole weight that is kept here would stay when ZeRO-3 gives it back
+            held = [] if self._is_sharded else [tensor.detach() for tensor in base]
+            last = InferenceWeight(held, samples, versions, kept)
             self._inference_weight = last
         return last.kept if plain else self.masked_weight(adapter_name, Kept(last.kept)).to(dtype)
 
@@ -220,9 +222,10 @@ class Linear(nn.Module, PSTLayer):
         self.check_fingerprint(adapter_name)
 
     def _trains(self, adapter_name: str) -> bool:
-        # under gradient checkpointing a training step runs without gradients first
+        if self.training or not torch.is_grad_enabled():
+            return self.training  # under gradient checkpointing a training step runs without gradients first
         trained = (*self.arguments(adapter_name), self.get_base_layer().weight)
-        return self.training or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained))
+        return any(tensor.requires_grad for tensor in trained)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         for name in PARAMETERS:
@@ -241,8 +244,7 @@ class Linear(nn.Module, PSTLayer):
         """Set training or evaluation mode; what evaluation keeps is computed anew after it."""
         self._inference_weight = None
         # in a forward a sharded weight is whole and looks like any other
-        sharded = is_sharded(self.get_base_layer().weight)
-        self._keeps_inference_weight = self.quantization_backend is None and not sharded
+        self._is_sharded = is_sharded(self.get_base_layer().weight)
         need(self, self.parameters())
         return super().train(mode)
 

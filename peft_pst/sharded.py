@@ -22,10 +22,19 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; itself if it is whole."""
+    """The whole tensor; itself if it is whole.
+
+    Raises:
+        ValueError: if it is a parameter of ZeRO-3 whose gradient is asked for.
+    """
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
     if _is_partitioned(tensor):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                "ZeRO-3 gathers a parameter for the forward of its layer, and outside of it without a gradient, so a "
+                "penalty of the adapter would be charged for nothing: set penalty=0, or train with FSDP2 or ZeRO-2."
+            )
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):

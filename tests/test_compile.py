@@ -152,7 +152,7 @@ def test_models_of_other_numbers_do_not_take_each_others_graphs():
 @pytest.mark.parametrize("choices", [{}, {"importance": "l0"}, {"mask_interval": 2}], ids=str)
 def test_evaluation_between_the_steps(choices):
     """In evaluation a layer keeps its weight between the calls, which a graph cannot; so its graph breaks, but what is
-    compiled in the first two rounds serves the others, and no evaluation sees an old weight."""
+    compiled in the first two rounds serves the others, with the outputs of a model without a compiler."""
 
     def train_and_evaluate(model, run):
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)

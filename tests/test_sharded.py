@@ -1,10 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig, save_pretrained, shrink
+from peft_pst.sharded import gathered
 
 
 @pytest.fixture
@@ -55,8 +59,8 @@ def test_evaluation_keeps_no_whole_weight_of_a_sharded_model(one_process, bert):
             each(torch.arange(8).view(2, 4))
             each(torch.arange(8).view(2, 4))
         layer = each.get_submodule("base_model.model.bert.encoder.layer.0.output.dense")
-        kept = [value for value in layer._inference_weight if isinstance(value, torch.Tensor)]
-        assert sum(tensor.nbytes for tensor in kept) == layer.shape.numel() * bytes_an_entry
+        assert layer._inference_weight.kept.nbytes == layer.shape.numel() * bytes_an_entry
+        assert bool(layer._inference_weight.base) == (each is whole)
 
 
 def test_what_takes_a_whole_model_refuses_a_sharded_one(one_process, bert, tmp_path):
@@ -91,3 +95,10 @@ def test_a_teacher_on_shared_weights_does_not_go_with_sharded_ones(one_process, 
         ValueError, match="but these are spread over processes: give the teacher as a model of its own"
     ):
         distillation.teach(inputs)
+
+
+def test_a_gradient_that_zero_3_would_not_give_is_refused():
+    parameter = nn.Parameter(torch.empty(0))
+    parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+    with pytest.raises(ValueError, match="charged for nothing: set penalty=0, or train with FSDP2 or ZeRO-2"):
+        gathered(parameter)

@@ -35,9 +35,9 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> P
     the feed-forward layers of nearly all models, and the heads of Llama and its like and of T5, as long as each layer
     keeps as many (under `budget="layer"` it does; T5's blocks share a position bias, so they must keep the same heads
     too, and the pattern `"head"` sees to that). Otherwise, and always for the heads of BERT and GPT-2, whose size
-    follows from their number, the widths are
-    an entry of the `quantization_config`. Then `import peft_pst` must come before `from_pretrained`, which elsewhere
-    fails at the sizes; but transformers 4, unlike 5, opens such a BERT or GPT-2 by the `pruned_heads` of its config.
+    follows from their number, the widths are an entry of the `quantization_config`. Then `import peft_pst` must come
+    before `from_pretrained`, which elsewhere fails at the sizes; but transformers 4, unlike 5, opens such a BERT or
+    GPT-2 by the `pruned_heads` of its config.
 
     What comes out is run beside the model and compared. Where the outputs differ, as of an architecture whose
     positions, norms or kernels count its heads, they stay, with a warning.
