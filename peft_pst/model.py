@@ -21,7 +21,7 @@ from .layer import PSTLayer, active_layers, overall_sparsity
 from .linear import Linear
 from .patterns import COUPLED, parse_pattern
 from .quantized import check_quantized, dense_dtype, is_quantized, make_dense
-from .sharded import check_launch
+from .sharded import check_launch, gathered, is_partitioned
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -60,6 +60,9 @@ class PSTModel(BaseTuner):
 
         `PSTConfig.penalty` times the mean over all target entries. In training it is part of the loss that the model
         returns.
+
+        Raises:
+            ValueError: if its gradient is asked for and DeepSpeed's ZeRO-3 holds the gates, which would not give it.
         """
         layers = [layer for layer in self.modules() if isinstance(layer, PSTLayer) and layer.active_pst_adapter]
         layers = [layer for layer in layers if layer.active_config.penalty]
@@ -67,9 +70,15 @@ class PSTModel(BaseTuner):
             return 0.0
         charges = []
         for layer in layers:
-            method = Method.of(layer.active_config)
-            _, of_importance = method.split(layer.arguments(layer.active_pst_adapter))
-            charges.append(layer.active_config.penalty * method.importance.penalty(*of_importance))
+            importance = Method.of(layer.active_config).importance
+            gates = [getattr(layer, name)[layer.active_pst_adapter] for name in importance.names]
+            if torch.is_grad_enabled() and any(is_partitioned(gate) for gate in gates):
+                raise ValueError(
+                    "ZeRO-3 gathers a parameter for the forward of its layer, and outside of it without a gradient, "
+                    "so the penalty of the adapter would be charged for nothing: set penalty=0, or train with FSDP2 "
+                    "or ZeRO-2."
+                )
+            charges.append(layer.active_config.penalty * importance.penalty(*map(gathered, gates)))
         return sum(charge.to(charges[0].device) for charge in charges) / sum(layer.shape.numel() for layer in layers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

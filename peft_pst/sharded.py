@@ -18,23 +18,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this process has only a part of a tensor."""
-    return isinstance(tensor, DTensor) or _is_partitioned(tensor)
+    return isinstance(tensor, DTensor) or is_partitioned(tensor)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether it is a parameter of ZeRO-3 of which this process has only a part."""
+    return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
 
 
 def gathered(tensor: Tensor) -> Tensor:
-    """The whole tensor; itself if it is whole.
-
-    Raises:
-        ValueError: if it is a parameter of ZeRO-3 whose gradient is asked for.
-    """
+    """The whole tensor; itself if it is whole. Through that of FSDP2 goes a gradient, through that of ZeRO-3 none."""
     if isinstance(tensor, DTensor):
         return tensor.full_tensor()
-    if _is_partitioned(tensor):
-        if torch.is_grad_enabled() and tensor.requires_grad:
-            raise ValueError(
-                "ZeRO-3 gathers a parameter for the forward of its layer, and outside of it without a gradient, so a "
-                "penalty of the adapter would be charged for nothing: set penalty=0, or train with FSDP2 or ZeRO-2."
-            )
+    if is_partitioned(tensor):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([tensor]):
@@ -67,7 +63,7 @@ def assign(parameter: nn.Parameter, value: Tensor) -> Tensor:
             value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
         parameter.copy_(value)  # in place: FSDP2 gathers from this memory
         return before
-    if _is_partitioned(parameter):
+    if is_partitioned(parameter):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
@@ -76,10 +72,6 @@ def assign(parameter: nn.Parameter, value: Tensor) -> Tensor:
         return before
     before, parameter.data = parameter.data, value.to(parameter)
     return before
-
-
-def _is_partitioned(tensor: Tensor) -> bool:
-    return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
 
 
 def check_launch() -> None:

@@ -4,11 +4,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig, save_pretrained, shrink
-from peft_pst.sharded import gathered
 
 
 @pytest.fixture
@@ -97,8 +95,11 @@ def test_a_teacher_on_shared_weights_does_not_go_with_sharded_ones(one_process, 
         distillation.teach(inputs)
 
 
-def test_a_gradient_that_zero_3_would_not_give_is_refused():
-    parameter = nn.Parameter(torch.empty(0))
-    parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
+def test_a_penalty_whose_gradient_zero_3_would_not_give_is_refused(bert):
+    model = get_peft_model(bert(), PSTConfig(importance="l0", update="full", pattern="neuron", penalty=1.0))
+    assert model.base_model.penalty().requires_grad
+    for name, parameter in model.named_parameters():
+        if "pst_log_alpha" in name:
+            parameter.ds_status = SimpleNamespace(name="NOT_AVAILABLE")
     with pytest.raises(ValueError, match="charged for nothing: set penalty=0, or train with FSDP2 or ZeRO-2"):
-        gathered(parameter)
+        model.base_model.penalty()

@@ -30,7 +30,9 @@ class Progress(TrainerCallback):
     """Notes the step, and gives the test time to kill the process between two of them."""
 
     def on_step_end(self, args, state, control, **kwargs):
-        (folder / "step.json").write_text(json.dumps(state.global_step))
+        part = folder / "step.json.part"  # the kill may come in the middle of a write
+        part.write_text(json.dumps(state.global_step))
+        part.rename(folder / "step.json")
         if "--slow" in sys.argv and state.global_step > 10:
             time.sleep(1)
 
