@@ -18,8 +18,9 @@ class PSTCallback(TrainerCallback):
     """Moves a model along the schedule of its `PSTConfig`, one step per optimizer step.
 
     Use it as `Trainer(..., callbacks=[PSTCallback()])`. It reads the schedule from the adapter's config and the length
-    of the training from the Trainer, goes on where a checkpoint stopped, and logs `sparsity` beside the loss: in the
-    Trainer's `log_history`, on its progress bar, and to the callbacks that come after it.
+    of the training from the Trainer, goes on where a checkpoint stopped, lets masked weights decay if the config says
+    so, and logs `sparsity` beside the loss, with what `SparsityScheduler.get_flip_rates` says: in the Trainer's
+    `log_history`, on its progress bar, and to the callbacks that come after it.
 
     With `load_best_model_at_end`, only checkpoints at the final sparsity are candidates: an earlier one is denser, so
     its better metric says nothing.
@@ -28,7 +29,7 @@ class PSTCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        self.scheduler = SparsityScheduler(model, state.max_steps, state.global_step)
+        self.scheduler = SparsityScheduler(model, state.max_steps, state.global_step, kwargs.get("optimizer"))
         self._forget_denser_best(state)
         _check_learning_rate(model, kwargs.get("optimizer"))
 
@@ -51,11 +52,18 @@ class PSTCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if "loss" in logs:
-            logs["sparsity"] = state.log_history[-1]["sparsity"] = self.scheduler.get_sparsity()
+            masks = masks_now(self.scheduler)
+            logs.update(masks)
+            state.log_history[-1].update(masks)
 
     def _forget_denser_best(self, state: TrainerState) -> None:
         if not self.scheduler.is_final():
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+
+def masks_now(scheduler: SparsityScheduler) -> dict[str, float]:
+    """What is logged of the masks."""
+    return {"sparsity": scheduler.get_sparsity(), **scheduler.get_flip_rates()}
 
 
 def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
@@ -156,7 +164,7 @@ class PSTTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, as in `Trainer`, with the sparsity and the teacher's losses beside the loss."""
         if "loss" in logs:
-            logs["sparsity"] = self._schedule.scheduler.get_sparsity()
+            logs.update(masks_now(self._schedule.scheduler))
             logs.update(self._mean_losses())
         super().log(logs, *args, **kwargs)
 

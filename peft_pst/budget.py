@@ -47,6 +47,13 @@ class Target(NamedTuple):
 
 
 def _set_sparsity(targets: list[Target], sparsity: float) -> None:
+    waiting = [target for target in targets if sparsity > 0 and target.layer.boost_waits(target.adapter)]
+    _prune(targets, sparsity)
+    for layer, adapter in waiting:
+        layer.start_boost(adapter)
+
+
+def _prune(targets: list[Target], sparsity: float) -> None:
     config = targets[0].layer.pst_config[targets[0].adapter]
     if not config.keeps_masks:
         for layer, adapter in targets:

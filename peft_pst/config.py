@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig, PeftType
 
@@ -48,6 +49,21 @@ class PSTConfig(PeftConfig):
             Factor of what `"soft_movement"` and `"l0"` charge for open gates, the mean of sigmoid(S) or of a gate's
             probability of being open over all target entries. It is added to the loss that the model returns in
             training; `model.base_model.penalty()` gives it to a loop with a loss of its own.
+        straight_through (`bool`):
+            Whether pruned entries learn like the others, dW' being what it would be under a mask of ones, so that
+            they can come back; otherwise only what the mask keeps learns.
+        masked_decay (`float`):
+            Lambda, the decay of masked weights (annealed SR-STE, AST, arXiv 2407.20584). It acts through the optimizer
+            that `SparsityScheduler` and the Trainer's callback are given, on top of the step; see
+            `peft_pst.decay.decay_masked`. Needs `update="full"` and `straight_through`.
+        masked_decay_warmup_ratio (`float`):
+            Share of the optimizer steps, the first ones, in which lambda grows from 0 to `masked_decay`.
+        boost (`int`, *optional*):
+            k of AST's sparse low-rank boost: y += (x Pᵀ) Sᵀ, where P [in/k, in] sums each k consecutive inputs and S
+            [out, in/k] trains. S starts from what the first mask prunes, over k. The branch stays after merging. None
+            for no boost.
+        boost_projection (`bool`):
+            Whether P trains too.
         pattern (`str`):
             Which entries are pruned together: `"unstructured"`, single ones; `"N:M"` such as `"2:4"`, of every M
             consecutive inputs N stay; `"block:RxC"`, R outputs by C inputs; `"row"` or `"column"` of a weight;
@@ -105,6 +121,13 @@ class PSTConfig(PeftConfig):
     alpha1: float = field(default=1.0, metadata={"help": "Factor of A @ B in the importance."})
     alpha2: float = field(default=1.0, metadata={"help": "Factor of R and C in the importance."})
     penalty: float = field(default=0.0, metadata={"help": "Factor of what l0 and soft_movement charge for gates."})
+    straight_through: bool = field(default=False, metadata={"help": "Whether pruned entries learn like the others."})
+    masked_decay: float = field(default=0.0, metadata={"help": "Decay of masked weights, for update='full'."})
+    masked_decay_warmup_ratio: float = field(
+        default=0.25, metadata={"help": "Share of the steps in which the decay of masked weights grows."}
+    )
+    boost: int | None = field(default=None, metadata={"help": "Inputs of a group of the low-rank boost."})
+    boost_projection: bool = field(default=False, metadata={"help": "Whether the boost's projection trains."})
     pattern: str = field(default="unstructured", metadata={"help": "Which entries are pruned together."})
     coupled_modules: list[list[str]] | None = field(
         default=None, metadata={"help": "Linear layers that share neurons or heads, the one that takes them last."}
@@ -143,8 +166,12 @@ class PSTConfig(PeftConfig):
                 setattr(self, name, set(getattr(self, name)))
         for name, what in (("r", "a rank"), ("mask_r", "a rank"), ("mask_interval", "a number of steps")):
             _check_count(name, getattr(self, name), what)
-        for name in ("beta", "alpha1", "alpha2", "penalty"):
+        for name in ("beta", "alpha1", "alpha2", "penalty", "masked_decay"):
             _check_number(name, getattr(self, name))
+        if self.masked_decay < 0:
+            raise ValueError(f"masked_decay={self.masked_decay!r} would let masked weights grow: expected at least 0.")
+        if self.boost is not None:
+            _check_count("boost", self.boost, "the size of a group of inputs")
         for name, known in (("importance", IMPORTANCES), ("update", UPDATES), ("budget", BUDGETS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown: expected one of {list(known)}.")
@@ -183,6 +210,33 @@ class PSTConfig(PeftConfig):
         otherwise each layer selects its own in each step."""
         return self.budget == "global" or self.pattern in COUPLED or self.mask_interval > 1
 
+    @property
+    def counts_flips(self) -> bool:
+        """Whether it is counted how masks change: where they are kept, and no growing sparsity changes them."""
+        return self.keeps_masks and self.schedule == "constant"
+
+    @classmethod
+    def ast(cls, **choices: Any) -> "PSTConfig":
+        """The choices of the Adaptive Sparse Trainer (AST, arXiv 2407.20584), with the values of its authors: a dense
+        weight that trains under a 2:4 mask, which is selected anew every 10 steps from the first on, the decay of what
+        it prunes, and the boost. The loss that goes with them is
+        `DistillationConfig(task=1/3, logits=2/3, temperature=2)`.
+
+        Args:
+            **choices: any argument of `PSTConfig`, such as `boost=None` ("AST-Naive") or `importance="wanda"`.
+        """
+        defaults = {
+            "importance": "magnitude",
+            "update": "full",
+            "pattern": "2:4",
+            "schedule": "constant",
+            "mask_interval": 10,
+            "straight_through": True,
+            "masked_decay": 1e-4,
+            "boost": 16,
+        }
+        return cls(**{**defaults, **choices})
+
     def _check_combination(self) -> None:
         importance = IMPORTANCES[self.importance]
         if self.budget == "global" and isinstance(parse_pattern(self.pattern), GroupsOf):
@@ -199,6 +253,30 @@ class PSTConfig(PeftConfig):
             raise ValueError(
                 f"penalty={self.penalty!r} has no effect on importance={self.importance!r}, which has no gates to "
                 "charge for: leave it out, or choose 'soft_movement' or 'l0'."
+            )
+        if self.masked_decay and self.update != "full":
+            raise ValueError(
+                f"masked_decay={self.masked_decay!r} changes single entries of the weight, which update="
+                f"{self.update!r} does not train: leave it out, or set update='full'."
+            )
+        if self.masked_decay and not self.straight_through:
+            raise ValueError(
+                f"masked_decay={self.masked_decay!r} is measured against the gradients of pruned entries, which have "
+                "none: leave it out, or set straight_through=True."
+            )
+        if self.straight_through and self.update == "none":
+            raise ValueError(
+                "straight_through=True has no effect on update='none', which trains no weight: leave it out, or "
+                "choose 'low_rank' or 'full'."
+            )
+        if self.boost is not None and self.pattern in COUPLED:
+            raise ValueError(
+                f"boost={self.boost!r} would keep alive what pattern={self.pattern!r} prunes, and nothing could be "
+                "removed: leave it out, or choose a pattern of entries."
+            )
+        if self.boost_projection and self.boost is None:
+            raise ValueError(
+                "boost_projection=True has no effect without a boost: give the size of its groups, such as boost=16."
             )
         if self.coupled_modules is not None and self.pattern not in COUPLED:
             raise ValueError(
@@ -220,7 +298,7 @@ class PSTConfig(PeftConfig):
     def _check_schedule(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule={self.schedule!r} is unknown: expected one of {list(SCHEDULES)}.")
-        for name in ("warmup_ratio", "cooldown_ratio"):
+        for name in ("warmup_ratio", "cooldown_ratio", "masked_decay_warmup_ratio"):
             value = getattr(self, name)
             _check_number(name, value)
             if not 0 <= value <= 1:

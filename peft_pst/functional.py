@@ -41,11 +41,13 @@ class Method(NamedTuple):
 
     update: Update
     importance: Importance
+    straight_through: bool
+    """Whether the weight learns as if nothing were pruned."""
 
     @classmethod
     def of(cls, config: PSTConfig) -> Method:
         """The method that a config names."""
-        return cls(UPDATES[config.update](config), IMPORTANCES[config.importance](config))
+        return cls(UPDATES[config.update](config), IMPORTANCES[config.importance](config), config.straight_through)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -139,7 +141,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, the bias, the weight and the arguments; `needs` says in this order whether somebody needs
     them, and the others may be None."""
-    update, importance = method
+    update, importance, straight_through = method
     of_update, of_importance = method.split(arguments)
     needs_x, needs_bias, needs_weight, *needs_arguments = needs
     dx = dbias = dweight = None
@@ -154,6 +156,7 @@ def backward(
         dbias = dy.sum(0)
     if needs_weight or any(needs_arguments):
         G = linear(dy.T, x.T).to(updated.dtype)
+        mask = mask.fill_(1) if straight_through else mask
         dupdated, *dimportance = importance.backward(G, updated, mask, seed, *of_importance)
         darguments = [*update.backward(dupdated, *of_update), *dimportance]
         dweight = dupdated.to(weight.dtype) if needs_weight else None

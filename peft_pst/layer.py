@@ -10,12 +10,15 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 
+from .boost import NAMES as BOOST
+from .boost import block_ones, mean_pruned
 from .fingerprint import fingerprint, same_fingerprint
 from .functional import Method
 from .importance import IMPORTANCES
-from .patterns import Pattern, pack_bits
+from .parameters import Start
+from .patterns import Pattern, pack_bits, unpack_bits
 from .quantized import backend_of, read
-from .sharded import gathered
+from .sharded import assign, gathered
 from .update import UPDATES
 
 if TYPE_CHECKING:
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 
 METHODS = (*UPDATES.values(), *IMPORTANCES.values())
 BUFFERS = tuple(dict.fromkeys(name for method in IMPORTANCES.values() for name in method.buffers))
-PARAMETERS = tuple(dict.fromkeys(name for method in METHODS for name in method.names if name not in BUFFERS))
+PARAMETERS = tuple(dict.fromkeys(name for method in METHODS for name in method.names if name not in BUFFERS)) + BOOST
+COUNTED = ("pst_num_pruned", "pst_mask", "pst_first_mask", "pst_flips", "pst_fingerprint")
+"""The buffers that say what is pruned, and of which weight."""
 
 
 class PSTLayer(BaseTunerLayer):
@@ -31,12 +36,15 @@ class PSTLayer(BaseTunerLayer):
 
     For each adapter it holds the parameters of its method, such as PST's factors `pst_U` [out, r], `pst_V` [r, in],
     `pst_A` [out, mask_r], `pst_B` [mask_r, in], `pst_R` [out], `pst_C` [in], in the layer's own features whatever
-    order it stores its weight in; and buffers that are saved with the adapter:
+    order it stores its weight in; of a boost `pst_boost` [out, in / k], S, and where it trains `pst_projection`
+    [in / k, in], P; and buffers that are saved with the adapter:
 
     - `pst_num_pruned`, int64 scalar: how many entries are pruned now. It is the only place that knows, so that the
       sparsity survives every way of loading, casting and copying; an integer, so that no cast changes it.
     - `pst_mask`, uint8 [ceil(out * in / 8)], the mask as bits, where it is selected between the steps: for several
       weights together (`budget="global"`, coupled patterns) or for several steps (`mask_interval`).
+    - `pst_first_mask`, like it, the first mask that pruned anything, and `pst_flips`, int64 [2], how many entries of
+      the mask differ from the one before and from the first: where no growing sparsity changes the mask.
     - `pst_fingerprint`, int64 [64]: entries of the weight that the adapter was made for, as bits of their float64.
     - what the importance keeps of data it has seen, such as `pst_input_squares` of `"wanda"`.
     """
@@ -47,10 +55,9 @@ class PSTLayer(BaseTunerLayer):
         "pst_config",
         "pst_pattern",
         "pst_group",
-        "pst_num_pruned",
-        "pst_mask",
-        "pst_fingerprint",
+        *COUNTED,
         "_checked_fingerprints",
+        "_boost_waits",
     )
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -62,11 +69,12 @@ class PSTLayer(BaseTunerLayer):
         self.pst_group: dict[str, str] = {}
         for name in PARAMETERS:
             setattr(self, name, nn.ParameterDict({}))
-        for name in (*BUFFERS, "pst_num_pruned", "pst_mask", "pst_fingerprint"):
+        for name in (*BUFFERS, *COUNTED):
             setattr(self, name, BufferDict(persistent=True))
         self.merged_adapters = []
         self._disable_adapters = False
         self._checked_fingerprints: dict[str, tuple[Tensor, int]] = {}
+        self._boost_waits: dict[str, bool] = {}
 
     @property
     def shape(self) -> torch.Size:
@@ -89,20 +97,57 @@ class PSTLayer(BaseTunerLayer):
         """
         self.pst_config[adapter_name], self.pst_pattern[adapter_name] = config, pattern
         self.pst_group[adapter_name] = group
-        for part in Method.of(config):
+        method = Method.of(config)
+        for part in (method.update, method.importance):
             names = [name for name in part.names if name not in BUFFERS]
             for name, start in zip(names, part.starts(*self.shape), strict=True):
                 getattr(self, name)[adapter_name] = nn.Parameter(start.draw(random=not config.init_weights))
-        importance = IMPORTANCES[config.importance](config)
-        for name, buffer in zip(importance.buffers, importance.empty_buffers(*self.shape), strict=True):
+        if config.boost is not None:
+            self._add_boost(adapter_name, config)
+        for name, buffer in zip(method.importance.buffers, method.importance.empty_buffers(*self.shape), strict=True):
             getattr(self, name)[adapter_name] = buffer
         num_pruned = 0 if config.keeps_masks else pattern.num_pruned(self.shape, config.initial_sparsity)
         self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned)
         if config.keeps_masks:
             self.pst_mask[adapter_name] = pack_bits(torch.ones(self.shape, dtype=torch.bool))
+        if config.counts_flips:
+            self.pst_first_mask[adapter_name] = self.pst_mask[adapter_name].clone()
+            self.pst_flips[adapter_name] = torch.zeros(2, dtype=torch.int64)
         self.pst_fingerprint[adapter_name] = fingerprint(self.frozen_weight())
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _add_boost(self, adapter_name: str, config: PSTConfig) -> None:
+        groups, left = divmod(self.in_features, config.boost)
+        if left:
+            raise ValueError(
+                f"boost={config.boost} does not divide the inputs of {self.pst_group[adapter_name]!r}, [out="
+                f"{self.out_features}, in={self.in_features}]: choose a size that does, or leave the module out of "
+                "target_modules."
+            )
+        start = Start((self.out_features, groups))
+        self.pst_boost[adapter_name] = nn.Parameter(start.draw(random=not config.init_weights))
+        if config.boost_projection:
+            self.pst_projection[adapter_name] = nn.Parameter(block_ones(groups, config.boost))
+        self._boost_waits[adapter_name] = config.init_weights
+
+    def boost_waits(self, adapter_name: str) -> bool:
+        """Whether nothing was pruned yet that the boost of an adapter could start from."""
+        # what is pruned is looked up once, not in each step: it may be on another device
+        waits = self._boost_waits.get(adapter_name, False) and not bool(self.pst_num_pruned[adapter_name])
+        self._boost_waits[adapter_name] = waits
+        return waits
+
+    def start_boost(self, adapter_name: str) -> None:
+        """Start S of a boost from what is pruned now."""
+        S = self.pst_boost[adapter_name]
+        assign(S, mean_pruned(self.pruned_part(adapter_name), S.shape[1]))
+
+    def boost(self, adapter_name: str) -> tuple[Tensor, Tensor | None] | None:
+        """S and P of an adapter's boost, if it has one; P is None where it sums."""
+        if adapter_name not in self.pst_boost:
+            return None
+        return self.pst_boost[adapter_name], self.pst_projection.get(adapter_name)
 
     @property
     def active_pst_adapter(self) -> str | None:
@@ -152,8 +197,18 @@ class PSTLayer(BaseTunerLayer):
 
     def keep_mask(self, adapter_name: str, mask: Tensor) -> None:
         """Make `mask`, bool [out, in], the mask of an adapter until the next one is kept."""
+        if adapter_name in self.pst_flips:
+            self._count_flips(adapter_name, mask)
         self.pst_mask[adapter_name].copy_(pack_bits(mask))
         self.pst_num_pruned[adapter_name].copy_(mask.numel() - torch.count_nonzero(mask))
+
+    def _count_flips(self, adapter_name: str, mask: Tensor) -> None:
+        bits, is_first = pack_bits(mask), self.pst_num_pruned[adapter_name] == 0
+        first = self.pst_first_mask[adapter_name]
+        first.copy_(torch.where(is_first, bits, first))
+        last = torch.where(is_first, bits, self.pst_mask[adapter_name])
+        others = (unpack_bits(other, mask.shape, torch.bool) for other in (last, first))
+        self.pst_flips[adapter_name].copy_(torch.stack([torch.count_nonzero(mask != other) for other in others]))
 
     def check_fingerprint(self, adapter_name: str) -> None:
         """Warn once per adapter if it was trained on another base weight than the one that is here.
@@ -206,6 +261,17 @@ def active_layers(model: nn.Module) -> list[PSTLayer]:
 def overall_sparsity(layers: list[PSTLayer]) -> float:
     """The share of the entries of all these layers' weights that their active adapters prune now."""
     return sum(layer.num_pruned for layer in layers) / sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def flip_rates(layers: list[PSTLayer]) -> dict[str, float]:
+    """The share of the entries of all these layers' weights whose mask differs from the one before (`flip_rate`) and
+    from the first one (`first_flip_rate`); nothing where no active adapter counts flips."""
+    counting = [layer for layer in layers if layer.active_pst_adapter in layer.pst_flips]
+    if not counting:
+        return {}
+    flips = sum(layer.pst_flips[layer.active_pst_adapter].cpu() for layer in counting)
+    entries = sum(layer.shape.numel() for layer in counting)
+    return dict(zip(("flip_rate", "first_flip_rate"), (flips.double() / entries).tolist(), strict=True))
 
 
 def version(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .boost import Boosted, boost
 from .functional import Kept, Live, MaskedLinear, Method
 from .layer import PARAMETERS, PSTLayer, check_one_adapter, version
 from .operations import masked_linear
@@ -127,7 +128,8 @@ class Linear(nn.Module, PSTLayer):
     def _check_finite(self, adapter_name: str) -> None:
         # the mask would hide what it prunes
         method, weight, arguments = self.inputs(adapter_name)
-        tensors = (*method.weight_and_importance(weight, *arguments), *arguments)
+        of_boost = [tensor for tensor in self.boost(adapter_name) or () if tensor is not None]
+        tensors = (*method.weight_and_importance(weight, *arguments), *arguments, *of_boost)
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise ValueError(
                 f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken: its weight or "
@@ -142,6 +144,24 @@ class Linear(nn.Module, PSTLayer):
         updated, keep = method.weight_and_mask(mask or self._mask(adapter_name), weight, *arguments)
         gates = method.importance.gates(keep.to(updated.dtype), None, *method.split(arguments)[1])
         return updated.mul_(gates).masked_fill_(~keep, 0)  # a product alone would leave -0.0
+
+    @torch.no_grad()
+    def pruned_part(self, adapter_name: str) -> Tensor:
+        """(1 - M) ∘ W', what the mask of an adapter hides now, [out, in]."""
+        method, weight, arguments = self.inputs(adapter_name)
+        updated, keep = method.weight_and_mask(self._mask(adapter_name), weight, *arguments)
+        return updated.masked_fill_(keep, 0)
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """What takes the place of this layer without its adapters: the base layer, merged or not, with the boost of a
+        merged adapter beside it."""
+        if merge:
+            self.merge(safe_merge, adapter_names)
+        boosts = [of for of in map(self.boost, self.merged_adapters) if of is not None]
+        layer = self.get_base_layer()
+        return Boosted(layer, *boosts[0]) if boosts else layer
 
     @torch.compiler.disable  # a graph has no memory of its last call: in evaluation it breaks once a layer
     def _weight_for_inference(self, adapter_name: str, dtype: torch.dtype) -> Tensor:
@@ -187,8 +207,13 @@ class Linear(nn.Module, PSTLayer):
             self.unmerge()
         if self.disable_adapters or self.merged or adapter_name is None:
             with nullcontext() if self.quantization_backend is None else kept_in_order(self.get_base_layer()):
-                return self.base_layer(x, *args, **kwargs)
+                y = self.base_layer(x, *args, **kwargs)
+            return self._boosted(y, x, self.merged_adapters[0]) if self.merged else y
         return self._masked_forward(x, adapter_name)
+
+    def _boosted(self, y: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        found = self.boost(adapter_name)
+        return y if found is None else y + boost(x, *found)
 
     def _masked_forward(self, x: Tensor, adapter_name: str) -> Tensor:
         base_layer, bias = self.get_base_layer(), self.get_base_layer().bias
@@ -202,6 +227,7 @@ class Linear(nn.Module, PSTLayer):
                 y = y.view(*x.shape[:-1], self.out_features)
             else:
                 y = F.linear(x, self._weight_for_inference(adapter_name, x.dtype), bias)
+            y = self._boosted(y, x, adapter_name)
         return y if autocast else y.to(input_dtype)
 
     def _step(self, x: Tensor, bias: Tensor | None, adapter_name: str) -> Tensor:

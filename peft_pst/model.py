@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .boost import Boosted
 from .budget import set_sparsity
 from .config import PSTConfig
 from .coupling import Coupling, find_couplings
@@ -154,6 +155,12 @@ class PSTModel(BaseTuner):
         if merge:
             make_dense(model)
         return model
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, Boosted):
+            setattr(parent, child_name, new_module)  # PEFT would give it the weight that lies inside
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _coupling(self, peft_config: PSTConfig, key: str) -> Coupling:
         """The coupling of a target, all of whose partners are targets too."""

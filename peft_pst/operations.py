@@ -25,7 +25,7 @@ from .patterns import parse_pattern
 if TYPE_CHECKING:
     from .config import PSTConfig
 
-NUMBERS = ("r", "mask_r", "beta", "alpha1", "alpha2")
+NUMBERS = ("r", "mask_r", "beta", "alpha1", "alpha2", "straight_through")
 """The numbers of a config that methods read: an operation takes no config, but names and numbers."""
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .boost import NAMES as BOOST
 from .layer import METHODS, PARAMETERS, PSTLayer
 from .parameters import Kind
 
@@ -31,7 +32,7 @@ def create_pst_optimizer(
         model: a model with PST layers.
         optimizer_cls: the class of the optimizer.
         lr: learning rate of low-rank factors: U, V, A, B, R and C.
-        delta_lr: learning rate of the dense delta of `update="full"`.
+        delta_lr: learning rate of the dense delta of `update="full"`, and of a boost.
         score_lr: learning rate of full score matrices: movement scores and hard concrete gates.
         head_lr: learning rate of all other trainable parameters: a new head, biases, `modules_to_save`.
         **kwargs: passed to the optimizer, such as `weight_decay`.
@@ -56,6 +57,6 @@ def create_pst_optimizer(
 
 def parameter_kinds(model: nn.Module) -> dict[int, Kind]:
     """Of each parameter of all PST adapters of a model, by its `id()`, whether it is a factor, a delta or a score."""
-    kinds = {name: method.kind for method in METHODS for name in method.names}
+    kinds = {name: method.kind for method in METHODS for name in method.names} | dict.fromkeys(BOOST, "delta")
     layers = [module for module in model.modules() if isinstance(module, PSTLayer)]
     return {id(p): kinds[name] for layer in layers for name in PARAMETERS for p in getattr(layer, name).values()}

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.optim import Optimizer
 
 from .budget import set_sparsity
-from .layer import PSTLayer, active_layers, overall_sparsity
+from .decay import decay_masked
+from .layer import PSTLayer, active_layers, flip_rates, overall_sparsity
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -42,6 +44,10 @@ def sparsity_at(config: PSTConfig, step: int, total_steps: int) -> float:
     return config.sparsity + (config.initial_sparsity - config.sparsity) * SCHEDULES[config.schedule](p)
 
 
+def _brings_mask(layer: PSTLayer) -> bool:
+    return layer.active_config.keeps_masks and layer.num_pruned > 0
+
+
 class SparsityScheduler:
     """Moves a model along its sparsity schedule, like a torch learning rate scheduler: `step()` after each optimizer
     step. Creating it sets the sparsity of step 0.
@@ -58,20 +64,31 @@ class SparsityScheduler:
         last_step (`int`):
             Number of optimizer steps that were made before, to go on with an adapter that was loaded; masks that it
             brought stay until the next step that changes them.
+        optimizer (`Optimizer`, *optional*):
+            The optimizer of the training, through which `masked_decay` acts.
 
     Raises:
-        ValueError: if the model has no active PST adapter, `total_steps` is less than 1, or the importance lacks
-            calibration.
+        ValueError: if the model has no active PST adapter, `total_steps` is less than 1, the importance lacks
+            calibration, or an adapter has `masked_decay` and there is no optimizer, or one with other parameters.
     """
 
-    def __init__(self, model: nn.Module, total_steps: int, last_step: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, total_steps: int, last_step: int = 0, optimizer: Optimizer | None = None
+    ) -> None:
         if total_steps < 1:
             raise ValueError(f"total_steps={total_steps!r}: expected the number of optimizer steps, at least 1.")
         self.layers = active_layers(model)
         self.total_steps = total_steps
         for layer in self.layers:
             layer.check_sparsity(layer.active_pst_adapter, layer.active_config.sparsity)
-        self.set_step(last_step)
+        self._go_on(last_step)
+        if any(layer.active_config.masked_decay for layer in self.layers):
+            if optimizer is None:
+                raise ValueError(
+                    "The adapter has masked_decay, which acts through the optimizer: give it too, as in "
+                    "SparsityScheduler(model, total_steps, optimizer=optimizer)."
+                )
+            decay_masked(optimizer, self)
 
     def step(self) -> None:
         """Set the sparsity that follows the optimizer step just made."""
@@ -79,9 +96,16 @@ class SparsityScheduler:
 
     def set_step(self, step: int) -> None:
         """Set the sparsity that holds after `step` optimizer steps, for instance to resume a training."""
+        self._set_step(step, self.layers)
+
+    def _go_on(self, step: int) -> None:
+        """Set the sparsity of a step that was made before; the mask that an adapter brought was selected then."""
+        self._set_step(step, [layer for layer in self.layers if not (step > 0 and _brings_mask(layer))])
+
+    def _set_step(self, step: int, layers: list[PSTLayer]) -> None:
         self.last_step = step
         by_sparsity: dict[float, list[PSTLayer]] = {}
-        for layer in self.layers:
+        for layer in layers:
             config = layer.active_config
             if step % config.mask_interval == 0 or step == ramp_bounds(config, self.total_steps)[1]:
                 by_sparsity.setdefault(sparsity_at(config, step, self.total_steps), []).append(layer)
@@ -96,10 +120,15 @@ class SparsityScheduler:
         """The share of the entries of all target weights that is pruned now."""
         return overall_sparsity(self.layers)
 
+    def get_flip_rates(self) -> dict[str, float]:
+        """How much the masks change, where they are kept for several steps under a constant sparsity: the shares of
+        entries that differ from the mask before, `flip_rate`, and from the first one, `first_flip_rate`."""
+        return flip_rates(self.layers)
+
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to go on: the number of steps made."""
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from the step of another scheduler's `state_dict()`."""
-        self.set_step(state_dict["last_step"])
+        self._go_on(state_dict["last_step"])

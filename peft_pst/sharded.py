@@ -54,14 +54,20 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def sharded_like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, which all processes have, sharded by FSDP2 as a parameter of the same shape is; itself if that
+    is whole."""
+    if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return value
+
+
 @torch.no_grad()
 def assign(parameter: nn.Parameter, value: Tensor) -> Tensor:
     """Give a parameter another value, whole or sharded as it is itself. Returns the one that it had, for `assign`."""
     if isinstance(parameter, DTensor):
         before = parameter.detach().clone()
-        if not isinstance(value, DTensor):
-            value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(value)  # in place: FSDP2 gathers from this memory
+        parameter.copy_(sharded_like(parameter, value))  # in place: FSDP2 gathers from this memory
         return before
     if is_partitioned(parameter):
         import deepspeed
