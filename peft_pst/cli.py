@@ -60,7 +60,7 @@ def report(
 
     Example: `peft-pst report outputs/small --data test.csv --dense outputs/dense --figures outputs/figures`
     """
-    from . import plot_depth, plot_masks, plot_scores, plot_sparsity, tensor_sparsity
+    from . import plot_depth, plot_flips, plot_masks, plot_scores, plot_sparsity, tensor_sparsity
     from . import report as make_report
     from .opening import open_model
 
@@ -79,6 +79,9 @@ def report(
         plot_masks(model, figures / "masks.png")
         if (folder / "adapter_config.json").is_file() and model.active_peft_config.importance == "pst":
             plot_scores(model, figures / "scores.png")
+        history = _log_history(folder)
+        if any("flip_rate" in entry for entry in history):
+            plot_flips(history, figures / "flips.png")
         _say(f"Figures are in {figures}/")
 
 
@@ -331,6 +334,12 @@ def _read(file: Path, label2id: dict[str, int]) -> tuple[list[str], list[int] | 
         [row["text"] for row in rows],
         [int(row["label"]) if row["label"].isdigit() else label2id[row["label"]] for row in rows],
     )
+
+
+def _log_history(folder: Path) -> list[dict[str, Any]]:
+    """What the Trainer logged up to a checkpoint; nothing where the folder is none."""
+    state = folder / "trainer_state.json"
+    return json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.is_file() else []
 
 
 def _results(file: Path | None) -> list:

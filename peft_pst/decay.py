@@ -83,5 +83,6 @@ def _rate(numerator: float | Tensor, group: dict[str, Any], state: dict[str, Any
     v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if v is None or "betas" not in group:
         return min(1.0, numerator)
-    correction = 1 - group["betas"][1] ** state["step"]
+    step = torch.as_tensor(state["step"], dtype=torch.float64)  # in float32, as Adam has it, the first ones are rough
+    correction = 1 - group["betas"][1] ** step
     return (numerator / (v / correction).sqrt_().add_(group["eps"])).clamp_(max=1)

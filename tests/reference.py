@@ -56,7 +56,7 @@ def slow_units(pattern, importance):
     return units
 
 
-def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=None):
+def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=None, straight_through=False):
     """One masked linear layer by the formulas of each method, everything else left to autograd."""
     weight, score = plain_weight_and_score(importance, update, weight, arguments)
     mask = plain_mask(score, num_pruned)
@@ -65,6 +65,10 @@ def plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed=
         gates = mask * gate.detach() + (gate - gate.detach())
     else:
         gates = mask + (score - score.detach())
+    if straight_through:  # the rest of the weight learns too, and adds nothing
+        hidden = (1 - mask) * (gate if importance == "l0" else 1.0)
+        weight = gates * weight + hidden.detach() * (weight - weight.detach())
+        return F.linear(x, weight, bias)
     return F.linear(x, gates * weight, bias)
 
 

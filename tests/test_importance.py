@@ -21,7 +21,7 @@ def config(importance, update="low_rank", **kwargs):
 
 def arguments_of(method):
     """Random parameters, float64 with gradients, and the buffers of wanda as the layer and as the formula has them."""
-    shapes = [start.shape for part in method for start in part.starts(N, K)]
+    shapes = [start.shape for part in (method.update, method.importance) for start in part.starts(N, K)]
     parameters = [(0.5 * torch.randn(shape, dtype=torch.float64)).requires_grad_() for shape in shapes]
     if not isinstance(method.importance, Wanda):
         return parameters, [], []
@@ -35,8 +35,11 @@ def arguments_of(method):
 @pytest.mark.parametrize("sparsity", [0, 0.5, 0.9])
 @pytest.mark.parametrize("kept", [False, True], ids=["live", "kept"])
 @pytest.mark.parametrize("seed", [None, 7])
-def test_output_and_gradients_are_those_of_the_formula(importance, update, sparsity, kept, seed):
-    method = Method.of(config(importance, update))
+@pytest.mark.parametrize("straight_through", [False, True], ids=["masked", "straight"])
+def test_output_and_gradients_are_those_of_the_formula(importance, update, sparsity, kept, seed, straight_through):
+    if straight_through and update == "none":
+        pytest.skip("no weight trains")
+    method = Method.of(config(importance, update, straight_through=straight_through))
     parameters, buffers, for_formula = arguments_of(method)
     x, bias, weight = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, K), (N,), (N, K)))
     num_pruned = int(N * K * sparsity)
@@ -45,7 +48,8 @@ def test_output_and_gradients_are_those_of_the_formula(importance, update, spars
         with torch.no_grad():
             mask = Kept(pack_bits(method.weight_and_mask(mask, weight.detach(), *parameters, *buffers)[1]))
     y = MaskedLinear.apply(x, bias, mask, method, seed, weight, *parameters, *buffers)
-    expected = plain_step(importance, update, num_pruned, x, bias, weight, [*parameters, *for_formula], seed)
+    arguments = [*parameters, *for_formula]
+    expected = plain_step(importance, update, num_pruned, x, bias, weight, arguments, seed, straight_through)
     torch.testing.assert_close(y, expected, rtol=1e-11, atol=1e-11)
     dy, tensors = torch.randn_like(y), (x, bias, weight, *parameters)
     mine = torch.autograd.grad(y, tensors, dy)

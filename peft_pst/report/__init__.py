@@ -2,7 +2,7 @@
 
 from .behaviour import Fidelity, Robustness, fidelity, robustness
 from .energy import Energy, measured
-from .figures import plot_depth, plot_masks, plot_scores, plot_sparsity
+from .figures import plot_depth, plot_flips, plot_masks, plot_scores, plot_sparsity
 from .report import Cost, LayerReport, Report, report
 from .sparsity import TensorSparsity, layer_type, tensor_sparsity
 from .tables import format_table
@@ -20,6 +20,7 @@ __all__ = [
     "layer_type",
     "measured",
     "plot_depth",
+    "plot_flips",
     "plot_masks",
     "plot_scores",
     "plot_sparsity",

@@ -6,7 +6,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +107,36 @@ def plot_scores(model: nn.Module, path: str | os.PathLike) -> Figure:
         axes.plot(range(len(spread)), spread, marker=".", label=label)
     axes.set(xlabel="layer, in the order of the model", ylabel="standard deviation", title="Parts of the importance")
     axes.set_yscale("log")
+    axes.legend()
+    return _written(figure, path)
+
+
+def plot_flips(log_history: Sequence[dict[str, Any]], path: str | os.PathLike) -> Figure:
+    """Draw how much of the masks changed over a training: the share of entries that flipped at the last selection, and
+    that of those that differ from the first mask; and write it to `path`. Flips that do not die down as the training
+    ends say that the masks have not settled.
+
+    Args:
+        log_history: the Trainer's, `trainer.state.log_history` or that in a checkpoint's `trainer_state.json`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+        ValueError: if no flips were logged.
+    """
+    logs = [entry for entry in log_history if "flip_rate" in entry]
+    if not logs:
+        raise ValueError(
+            "The log history has no flip rates: they are logged beside the loss where masks are kept under a constant "
+            "sparsity, as with PSTConfig.ast(). Train with PSTTrainer, or with PSTCallback, and look at logging_steps."
+        )
+    figure = _figure(8, 4)
+    axes = figure.add_subplot()
+    steps = [entry["step"] for entry in logs]
+    for key, label in (("flip_rate", "at the last selection"), ("first_flip_rate", "since the first mask")):
+        axes.plot(steps, [100 * entry[key] for entry in logs], marker=".", label=label)
+    axes.set(xlabel="optimizer step", ylabel="entries of the masks (%)", title="Flips of the masks")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     return _written(figure, path)
 
