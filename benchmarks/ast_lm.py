@@ -5,9 +5,8 @@ SmolLM2-135M (its weights are 4-bit values, dequantized) on BBC News, from their
 
     .venv-transformers5/bin/python benchmarks/ast_lm.py
 
-Its first `--layers` blocks alone are no language model: they are trained dense for `--recovery` steps first, and this
-is the dense model of every row, and the teacher. Each training is written down in `--output` when it is done, and not
-run again.
+The model as it comes is the dense one of every row, and the teacher. Each training is written down in `--output` when
+it is done, and not run again.
 """
 
 import argparse
@@ -21,12 +20,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import get_peft_model
-from torch import nn
 from tqdm import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    Trainer,
-    default_data_collator,
     set_seed,
 )
 
@@ -46,26 +41,10 @@ TRAINED: dict[str, tuple[Callable[..., PSTConfig], dict, DistillationConfig | No
 }
 
 
-def recovered(args: argparse.Namespace, data: Dataset | None) -> nn.Module:
-    """The first blocks of the model after a short dense training, which is done once."""
-    folder = args.output / f"dense-{args.layers}-{args.recovery}"
-    if not folder.exists():
-        set_seed(0)
-        model, tokenizer = example.load_model(None)
-        model.model.layers = model.model.layers[: args.layers]
-        model.config.num_hidden_layers = args.layers
-        choices = {**vars(args), "max_steps": args.recovery, "lr": 3e-4, "seed": 0}
-        settings = example.settings(argparse.Namespace(**choices))
-        Trainer(model, settings, train_dataset=data, data_collator=default_data_collator).train()
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-
-
-def one_shot(importance: str, data: Dataset, test: Dataset, args: argparse.Namespace) -> float:
+def one_shot(importance: str, data: Dataset, test: Dataset) -> float:
     """Perplexity after one cut without training."""
     config = PSTConfig(task_type="CAUSAL_LM", importance=importance, update="none", pattern="2:4")
-    model = get_peft_model(recovered(args, None), config)
+    model = get_peft_model(example.load_model(None)[0], config)
     if importance == "wanda":
         calibrate(model, [{"input_ids": ids} for ids in torch.tensor(data[:128]["input_ids"]).split(8)])
     model.base_model.set_sparsity(0.5)
@@ -78,7 +57,7 @@ def train(method: str, data: Dataset, test: Dataset, args: argparse.Namespace) -
     if args.masked_decay is not None and make is PSTConfig.ast:
         choices = {**choices, "masked_decay": args.masked_decay}
     set_seed(args.seed)
-    model = get_peft_model(recovered(args, None), make(task_type="CAUSAL_LM", **choices))
+    model = get_peft_model(example.load_model(None)[0], make(task_type="CAUSAL_LM", **choices))
     start = time.perf_counter()
     trainer = example.train(model, data, args, distillation)
     found = {"minutes": (time.perf_counter() - start) / 60, "tokens": args.max_steps * args.batch_size * args.length}
@@ -92,25 +71,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/ast-benchmark"))
     parser.add_argument("--methods", nargs="+", default=list(TRAINED), choices=list(TRAINED))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--layers", type=int, default=10, help="blocks of the model, of 30")
-    parser.add_argument("--recovery", type=int, default=400, help="steps of the dense training before")
-    parser.add_argument("--max-steps", type=int, default=150, help="steps of each training")
+    parser.add_argument("--max-steps", type=int, default=50, help="steps of each training")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=128, help="tokens of a block of text")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--blocks", type=int, default=160, help="of held-out text")
+    parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--masked-decay", type=float, help="lambda of AST, if not its default")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     texts = example.load_texts(None)
     tokenizer = example.load_model(None)[1]
     data, test = (example.blocks(part, tokenizer, args.length) for part in (texts[:-100], texts[-100:]))
+    test = test.select(range(args.blocks))
     file = args.output / "results.json"
     results = json.loads(file.read_text()) if file.exists() else {}
-    recovered(args, data)
     for name, run in {
-        DENSE: lambda: example.perplexity(recovered(args, None), test),
-        ONE_SHOT: lambda: one_shot("magnitude", data, test, args),
-        "one-shot Wanda": lambda: one_shot("wanda", data, test, args),
+        DENSE: lambda: example.perplexity(example.load_model(None)[0], test),
+        ONE_SHOT: lambda: one_shot("magnitude", data, test),
+        "one-shot Wanda": lambda: one_shot("wanda", data, test),
     }.items():
         if name not in results:
             results[name] = {"": {"perplexity": run()}}

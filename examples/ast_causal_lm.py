@@ -87,13 +87,14 @@ def blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) ->
 
 @torch.no_grad()
 def perplexity(model: torch.nn.Module, data: Dataset, batch_size: int = 8) -> float:
-    """Of the blocks, each read on its own."""
+    """Of the blocks, each read on its own, under bf16 autocast."""
     was_training = model.training
     model.eval()
     ids, total, count = torch.tensor(data["input_ids"][:]), 0.0, 0
     for batch in tqdm(ids.split(batch_size), desc="perplexity", leave=False):
         batch = batch.to(model.device)
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        with torch.autocast(batch.device.type, torch.bfloat16):
+            logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
         total += float(F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum"))
         count += batch[:, 1:].numel()
     model.train(was_training)

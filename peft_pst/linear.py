@@ -18,7 +18,7 @@ from .layer import PARAMETERS, PSTLayer, check_one_adapter, version
 from .operations import masked_linear
 from .patterns import Pattern, pack_bits
 from .quantized import backend_of, compute_dtype, dense_layer, kept_in_order, stored
-from .sharded import assign, is_sharded, need
+from .sharded import assign, gathered, is_sharded, need
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -159,9 +159,12 @@ class Linear(nn.Module, PSTLayer):
         merged adapter beside it."""
         if merge:
             self.merge(safe_merge, adapter_names)
-        boosts = [of for of in map(self.boost, self.merged_adapters) if of is not None]
         layer = self.get_base_layer()
-        return Boosted(layer, *boosts[0]) if boosts else layer
+        found = self.boost(self.merged_adapters[0]) if self.merged else None
+        if found is None:
+            return layer
+        dtype = layer.weight.dtype
+        return Boosted(layer, *(tensor if tensor is None else gathered(tensor).to(dtype) for tensor in found))
 
     @torch.compiler.disable  # a graph has no memory of its last call: in evaluation it breaks once a layer
     def _weight_for_inference(self, adapter_name: str, dtype: torch.dtype) -> Tensor:

@@ -23,6 +23,7 @@ from .linear import Linear
 from .patterns import COUPLED, parse_pattern
 from .quantized import check_quantized, dense_dtype, is_quantized, make_dense
 from .sharded import check_launch, gathered, is_partitioned
+from .sparse.quantizer import describe_boosts
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -154,6 +155,7 @@ class PSTModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             make_dense(model)
+            describe_boosts(model)
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

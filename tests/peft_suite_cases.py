@@ -14,6 +14,7 @@ METHODS = {
     "neuron": {"pattern": "neuron"},
     "movement": {"importance": "movement"},
     "full": {"update": "full"},
+    "boost": {"boost": 1},
 }
 # linear layers of the suite's tiny models with 37 or 4 intermediate units, which no group of 4 or 8 divides
 ODD = {"exclude_modules": r".*(\.\d+\.(intermediate|output)\.dense|\.wi|\.wo|fc1|fc2)"}

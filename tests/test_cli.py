@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerState
 
 from peft_pst import PSTConfig, cli, tensor_sparsity
 
@@ -69,6 +69,15 @@ def test_figures(folders, run, tmp_path):
     assert code == 0
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     assert names == ["depth.png", "masks.png", "scores.png", "sparsity.png"]
+
+
+@pytest.mark.parametrize("masks", [{"sparsity": 0.9}, {"sparsity": 0.9, "flip_rate": 0.1, "first_flip_rate": 0.2}])
+def test_the_figure_of_flips_of_a_checkpoint(masks, folders, run, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the extra peft-pst[plot]")
+    history = [{"step": 10, "loss": 1.0, **masks}, {"step": 10, "eval_loss": 1.0}]
+    TrainerState(log_history=history).save_to_json(folders / "adapter" / "trainer_state.json")
+    assert run("report", folders / "adapter", "--figures", tmp_path / "figures")[0] == 0
+    assert (tmp_path / "figures" / "flips.png").is_file() == ("flip_rate" in masks)
 
 
 def test_save_and_verify(folders, run, tmp_path):

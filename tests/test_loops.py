@@ -17,6 +17,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from safetensors.torch import load_file
 
+from peft_pst.boost import Boosted
+
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # runs a script, and kills it after a step, as the power would; figures need matplotlib, which may lack
@@ -219,6 +221,34 @@ def test_sft_learns_from_a_teacher(tuned):
     assert len(divergence) > 1 and min(divergence) > 0
     assert not torch.equal(*(torch.cat([t.flatten() for n, t in adapter(f).items() if "pst_V" in n]) for f in
                              (tuned, taught)))  # fmt: skip
+
+
+# AST
+
+
+def test_ast_makes_a_two_of_four_model(world, monkeypatch):
+    (world / "books").mkdir()
+    for i, (text, _) in enumerate(texts()):
+        (world / "books" / f"{i}.txt").write_text(text)
+    sizes = ("--max-steps", 60, "--batch-size", 4, "--length", 16, "--lr", 1e-2)
+    finish(start(world, "ast_causal_lm.py", "--model", "llama", "--texts", "books", "--output", "ast", *sizes))
+    results = json.loads((world / "ast" / "results.json").read_text())
+    assert results["after"] < 0.97 * results["one_shot"]  # its teacher knows nothing
+    log = [row for row in results["log"] if "loss" in row]
+    assert {"flip_rate", "first_flip_rate", "logits_loss", "task_loss"} <= log[-1].keys()
+    assert log[-1]["first_flip_rate"] > 0 and {row["sparsity"] for row in log} == {0.5}
+    assert "50.00%" in (world / "ast" / "results.md").read_text()
+    assert (world / "ast" / "flips.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
+
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = importlib.import_module("ast_causal_lm")
+    model, tokenizer = example.load_model(str(world / "ast" / "small"))
+    weights = [module.linear.weight for module in model.modules() if isinstance(module, Boosted)]
+    assert len(weights) == 14
+    for weight in weights:
+        assert ((weight != 0).view(-1, 4).sum(1) <= 2).all()
+    data = example.blocks(example.load_texts(world / "books")[-60:], tokenizer, 16)
+    assert example.perplexity(model, data) == pytest.approx(results["after"], rel=1e-2)
 
 
 # a loop of one's own

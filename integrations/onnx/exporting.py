@@ -135,8 +135,8 @@ def export(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*cannot say how many")  # a graph needs no config for that
             model = shrink_model(model)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # what widths and boosts need elsewhere
+        del model.config.quantization_config
 
     from . import graph, verification
 

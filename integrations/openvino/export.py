@@ -75,6 +75,8 @@ def export_openvino(
     batches = None if texts is None else _tokenized(texts, tokenizer)
     model = copy.deepcopy(_checked(model)) if folder is None else _checked(_opened(folder))
     model = densify(model).float().cpu().eval()
+    if hasattr(model.config, "quantization_config"):  # what widths and boosts need elsewhere
+        del model.config.quantization_config
     converted = _converted(ov, model)
     if batches is not None:
         converted = _quantized(nncf, converted, batches)

@@ -84,8 +84,8 @@ def write_variants(model: PreTrainedModel, folder: Path, work: Path) -> tuple[Va
         sparse = work / "sparse"
         save_pretrained(model, sparse)
     model = densify(model)
-    save_pretrained(model.float(), work / "fp32", "dense")
-    save_pretrained(model.bfloat16(), work / "bf16", "dense")
+    model.float().save_pretrained(work / "fp32")
+    model.bfloat16().save_pretrained(work / "bf16")
     return (
         Variant("dense fp32", work / "fp32", sparse=False),
         Variant("dense bf16", work / "bf16", sparse=False),

@@ -53,6 +53,9 @@ def sparse_entries(model: PeftModel, dense: Entries, value_size: int) -> Entries
     entries = dict(dense)
     for name, layer in model.get_base_model().named_modules():
         if isinstance(layer, PSTLayer):
+            S, P = layer.boost(layer.active_pst_adapter) or (None, None)
+            boost, size = {f"{name}.boost": S, f"{name}.projection": P}, dense[f"{name}.weight"] // layer.shape.numel()
+            entries |= {key: tensor.numel() * size for key, tensor in boost.items() if tensor is not None}
             smallest = _sparse_parts(layer, value_size)
             if sum(smallest.values()) < entries[f"{name}.weight"]:
                 del entries[f"{name}.weight"]

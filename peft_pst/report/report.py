@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..sparse.storage import sizes
 from .behaviour import Fidelity, Robustness, fidelity, robustness
 from .energy import Energy, measured
-from .sparsity import effective_weight, remaining_parameters, weight_names
+from .sparsity import boost_of, effective_weight, remaining_parameters, weight_names
 from .tables import format_table
 
 FORMATS = ("bitmask", "tiles", "2:4", "int8")
@@ -46,7 +46,7 @@ class Cost:
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """The weight of one layer, [out, in].
+    """The weight of one layer, [out, in], or of its low-rank boost, whose rows follow.
 
     `dead_rows` are outputs that do not depend on the input, `dead_columns` inputs that nothing reads. `formats` has
     the bytes in each format, None where the weight does not fit.
@@ -132,9 +132,15 @@ def report(
     names = weight_names(model)
     if not names:
         raise ValueError(f"{type(model).__name__} has no linear layer: there is no weight to report on.")
-    layers = [_layer(name, model.get_submodule(name)) for name in tqdm(names, desc="report", disable=len(names) < 100)]
+    layers, counted = [], set()
+    for name in tqdm(names, desc="report", disable=len(names) < 100):
+        module = model.get_submodule(name)
+        boost = boost_of(name, module)
+        layers += [_layer(name, module), *(_boost(*item) for item in boost.items())]
+        counted |= {tensor.data_ptr() for tensor in boost.values()}
     total = sum((layer.cost for layer in layers), Cost(0, 0, 0, 0, 0, 0))
-    rest = sum((_rest(parameter) for parameter in remaining_parameters(model, names)), Cost(0, 0, 0, 0, 0, 0))
+    remaining = [p for p in remaining_parameters(model, names) if p.data_ptr() not in counted]
+    rest = sum((_rest(parameter) for parameter in remaining), Cost(0, 0, 0, 0, 0, 0))
     return Report(
         layers,
         total,
@@ -148,11 +154,20 @@ def report(
 @torch.no_grad()
 def _layer(name: str, module: nn.Module) -> LayerReport:
     weight = effective_weight(module)
-    nonzero = weight != 0
     formats = sizes(weight)
-    count = int(nonzero.sum())
     smallest = min(size for name, size in formats.items() if name != "int8" and size is not None)
-    cost = Cost(weight.numel(), count, 2 * weight.numel(), 2 * count, weight.numel() * weight.element_size(), smallest)
+    return _report(name, weight, smallest, formats)
+
+
+def _boost(name: str, tensor: Tensor) -> LayerReport:
+    """A tensor of a boost, which a sparse checkpoint stores as it is."""
+    return _report(name, tensor, tensor.nbytes, {"dense": tensor.nbytes, **dict.fromkeys(FORMATS)})
+
+
+def _report(name: str, weight: Tensor, smallest: int, formats: dict[str, int | None]) -> LayerReport:
+    nonzero = weight != 0
+    count = int(nonzero.sum())
+    cost = Cost(weight.numel(), count, 2 * weight.numel(), 2 * count, weight.nbytes, smallest)
     dead = [int((~nonzero.any(dim)).sum()) for dim in (1, 0)]
     return LayerReport(name, tuple(weight.shape), cost, *dead, formats)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ..boost import Boosted
 from ..layer import PSTLayer
 from ..model import is_plain_linear
 from ..sparse.linear import SparseLinear
@@ -44,21 +45,48 @@ def tensor_sparsity(model: nn.Module, names: Iterable[str] | None = None) -> lis
 
 
 def weight_names(model: nn.Module) -> list[str]:
-    """The modules whose weights are the PST targets; in a model without PST layers all linear layers."""
+    """The modules whose weights are the PST targets; in a model without PST layers all linear layers. A layer with a
+    low-rank boost has the name that it had before it was merged."""
     modules = dict(model.named_modules())
     targets = [name for name, module in modules.items() if isinstance(module, PSTLayer)]
-    linear = [name for name, module in modules.items() if isinstance(module, SparseLinear) or is_plain_linear(module)]
+    inner = {f"{name}.linear" for name, module in modules.items() if isinstance(module, Boosted)}
+    linear = [
+        name
+        for name, module in modules.items()
+        if name not in inner and (isinstance(module, (SparseLinear, Boosted)) or is_plain_linear(module))
+    ]
     return targets or linear
 
 
 def effective_weight(module: nn.Module) -> Tensor:
-    """The weight that a layer computes with, [out, in]: what an adapter prunes is zero."""
+    """The weight that a layer computes with, [out, in]: what an adapter prunes is zero. A boost is not in it."""
+    if isinstance(module, Boosted):
+        return effective_weight(module.linear)
     if _prunes(module):
         return module.masked_weight(module.active_pst_adapter)
     base = module.get_base_layer() if isinstance(module, PSTLayer) else module
     weight = module.frozen_weight() if isinstance(module, PSTLayer) else base.weight
     transposed = isinstance(base, Conv1D) or (isinstance(base, SparseLinear) and base.conv1d)
     return weight.detach().T if transposed else weight.detach()
+
+
+def boost_of(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the low-rank boost that a layer computes with, by their names in a merged model; none if it has
+    no boost.
+
+    Args:
+        name: of the layer.
+    """
+    S, P = None, None
+    inner = {}
+    if isinstance(module, Boosted):
+        S, P = module.boost, module.projection
+        inner = boost_of(f"{name}.linear", module.linear)  # of a layer that was boosted twice
+    elif isinstance(module, PSTLayer) and (module.merged or _prunes(module)):
+        adapter_name = module.merged_adapters[0] if module.merged else module.active_pst_adapter
+        S, P = module.boost(adapter_name) or (None, None)
+    own = {f"{name}.boost": S, f"{name}.projection": P}
+    return {key: tensor.detach() for key, tensor in own.items() if tensor is not None} | inner
 
 
 def layer_type(name: str) -> str:
@@ -90,5 +118,7 @@ def remaining_parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]
 
 
 def _weights(module: nn.Module) -> list[Tensor]:
+    if isinstance(module, Boosted):
+        return _weights(module.linear)
     base = module.get_base_layer() if isinstance(module, PSTLayer) else module
     return [] if isinstance(base, SparseLinear) else [base.weight]

@@ -17,11 +17,12 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..boost import Boosted
 from ..merged import check_merged
 from ..sharded import gathered, is_sharded
 from .files import replacing
 from .linear import PREFIX, SparseLinear
-from .quantizer import QUANT_METHOD, VERSION, checksums_of, densify, digest_of, widths_in
+from .quantizer import QUANT_METHOD, VERSION, boosts_of, checksums_of, densify, digest_of, widths_in
 from .storage import Description, Values, encode
 
 INDEX = "model.safetensors.index.json"
@@ -55,7 +56,7 @@ def save_pretrained(
             Where to.
         format (`str`):
             `"auto"` stores each weight of a linear layer in the fewest bytes. `"dense"` stores zeros like any value,
-            for tools that know nothing of us.
+            for tools that know nothing of us; it has no place for low-rank boosts.
         values (`str`):
             `"exact"`, or `"bf16"`, `"fp16"`, `"int8"` to round the values of the linear layers that are stored sparse.
         tokenizer (*optional*):
@@ -65,8 +66,9 @@ def save_pretrained(
 
     Raises:
         TypeError: if it is no model of transformers, or its weights are quantized.
-        ValueError: if an adapter is not merged yet, the model is not all in memory, the format is unknown, or the
-            folder is that of an adapter.
+        ValueError: if an adapter is not merged yet, the model is not all in memory, the format is unknown or has no
+            place for the model's boosts, a head that is tied to the embedding has one, or the folder is that of an
+            adapter.
     """
     _check(model, format)
     sharded = any(is_sharded(tensor) for tensor in model.state_dict(keep_vars=True).values())
@@ -98,6 +100,18 @@ def _check(model: nn.Module, format: str) -> None:
     if format not in ("auto", "dense"):
         raise ValueError(f"format={format!r} is unknown: expected 'auto' or 'dense'.")
     check_merged(model, "save")
+    boosted = next(iter(boosts_of(model)), None)
+    if format == "dense" and boosted is not None:
+        raise ValueError(
+            f"The model has low-rank boosts, such as that of {boosted!r}, and format='dense' has no place for them: "
+            "save it with format='auto', which opens after `import peft_pst`, or train it with PSTConfig(boost=None)."
+        )
+    head = model.get_output_embeddings() if boosted is not None else None
+    if isinstance(head, Boosted) and head.weight is model.get_input_embeddings().weight:
+        raise ValueError(
+            "The model's head has a low-rank boost and shares its weight with the embedding, which transformers "
+            "cannot open: leave the head out of target_modules, or open the base model with tie_word_embeddings=False."
+        )
 
 
 def _has_sparse_layers(model: PreTrainedModel) -> bool:
@@ -107,7 +121,7 @@ def _has_sparse_layers(model: PreTrainedModel) -> bool:
 def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size: int) -> None:
     weights: dict[str, dict] = {}
     checksums: dict[str, dict[str, int]] = {}
-    widths, biases = widths_in(model.config)
+    (widths, biases), boosts = widths_in(model.config), boosts_of(model)
     # one weight of another size than the config says is stored as it is: a reader that ignores the entry fails at it
     as_it_is = next(iter(widths), None)
     if as_it_is and isinstance(model.get_submodule(as_it_is), SparseLinear):
@@ -147,10 +161,11 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
     config.quantization_config = {
         "quant_method": QUANT_METHOD,
         "version": VERSION,
-        "digest": digest_of(weights, checksums, widths, biases),
+        "digest": digest_of(weights, checksums, widths, biases, boosts),
         "weights": weights,
         "checksums": checksums,
         **({"widths": widths, "biases": biases} if widths else {}),
+        **({"boosts": boosts} if boosts else {}),
     }
     config.save_pretrained(folder)
     if model.can_generate():

@@ -18,6 +18,7 @@ from transformers.quantizers.auto import (
 )
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..boost import Boosted
 from ..structured.widths import find_structures, set_widths
 from .acceleration import accelerate_opened
 from .dense_product import restore_dense_layers
@@ -39,6 +40,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
         widths: how many neurons or heads a structure has that `shrink` made smaller than the rest of the config says,
             by its first layer.
         biases: linear layers that have a bias, unlike those of the architecture.
+        boosts: of each layer with a low-rank boost, by its name, the shapes of `boost` and perhaps `projection`.
         digest: the CRC-32 of all these; None in a config that transformers writes when it saves an opened model.
         version: of the layout.
 
@@ -54,6 +56,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
         version: int = VERSION,
         widths: dict[str, int] | None = None,
         biases: list[str] | None = None,
+        boosts: dict[str, dict[str, list[int]]] | None = None,
         **kwargs: Any,
     ) -> None:
         if version > VERSION:
@@ -61,8 +64,8 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
                 f"The checkpoint has version {version} of the layout {QUANT_METHOD}, but this peft-pst reads up to "
                 f"{VERSION}: upgrade it with pip install -U peft-pst."
             )
-        self.widths, self.biases = widths or {}, biases or []
-        if digest is not None and digest != digest_of(weights, checksums, self.widths, self.biases):
+        self.widths, self.biases, self.boosts = widths or {}, biases or [], boosts or {}
+        if digest is not None and digest != digest_of(weights, checksums, self.widths, self.biases, self.boosts):
             raise ValueError(
                 "The quantization_config in config.json is not the one that was saved: its digest is wrong, so the "
                 "file was damaged or edited. Download or save the checkpoint again."
@@ -79,6 +82,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.config.quantization_config = self.quantization_config  # transformers 4.57 has a copy there
         _resize(model, self.quantization_config)
+        _add_boosts(model, self.quantization_config.boosts)
         modules = dict(model.named_modules())
         for name, entry in self.quantization_config.weights.items():
             name = next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
@@ -135,13 +139,15 @@ class SparseCheckpointQuantizer(HfQuantizer):
 
 
 def densify(model: nn.Module) -> nn.Module:
-    """Replace every `SparseLinear` of a model by the dense layer, in place: it is an ordinary model again."""
+    """Replace every `SparseLinear` of a model by the dense layer, in place: it is an ordinary model again, but for its
+    low-rank boosts, which stay."""
     if not isinstance(getattr(model, "hf_quantizer", None), SparseCheckpointQuantizer):
         return _with_dense_layers(model)
     widths, biases = widths_in(model.config)
     model = model.dequantize()
     if widths:  # the model still has them
         model.config.quantization_config = SparseCheckpointConfig({}, {}, widths=widths, biases=biases)
+    describe_boosts(model)
     return model
 
 
@@ -170,10 +176,14 @@ def checksums_of(tensor: Tensor) -> dict[str, int]:
 
 
 def digest_of(
-    weights: dict[str, dict], checksums: dict[str, dict[str, int]], widths: dict[str, int], biases: list[str]
+    weights: dict[str, dict],
+    checksums: dict[str, dict[str, int]],
+    widths: dict[str, int],
+    biases: list[str],
+    boosts: dict[str, dict[str, list[int]]],
 ) -> int:
     """The CRC-32 of what describes a checkpoint, as JSON without spaces and with sorted keys."""
-    described = [weights, checksums, *([widths, biases] if widths else [])]
+    described = [weights, checksums, *([widths, biases] if widths else []), *([boosts] if boosts else [])]
     return zlib.crc32(json.dumps(described, sort_keys=True, separators=(",", ":")).encode())
 
 
@@ -181,6 +191,38 @@ def widths_in(config: PretrainedConfig) -> tuple[dict[str, int], list[str]]:
     """The widths and biases of a model that no config of its architecture can say; empty for most models."""
     entry = getattr(config, "quantization_config", None)
     return (entry.widths, entry.biases) if isinstance(entry, SparseCheckpointConfig) else ({}, [])
+
+
+def boosts_of(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """The low-rank boosts of a model as `SparseCheckpointConfig` has them."""
+    return {
+        name: {key: list(p.shape) for key, p in module.named_parameters(recurse=False)}
+        for name, module in model.named_modules()
+        if isinstance(module, Boosted)
+    }
+
+
+def describe_boosts(model: nn.Module) -> None:
+    """Give the config of a merged model the entry with which transformers' own save keeps its boosts."""
+    boosts = boosts_of(model)
+    if boosts and isinstance(getattr(model, "config", None), PretrainedConfig):
+        widths, biases = widths_in(model.config)
+        model.config.quantization_config = SparseCheckpointConfig({}, {}, widths=widths, biases=biases, boosts=boosts)
+
+
+def _add_boosts(model: nn.Module, boosts: dict[str, dict[str, list[int]]]) -> None:
+    """Put the boosts of a checkpoint beside the layers of a new model; they wait on the meta device."""
+    modules = dict(model.named_modules())
+    for name in sorted(boosts):  # a layer before what lies in it: one that was boosted twice
+        own_name = next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
+        if own_name is None:
+            continue  # a head that this model class has not
+        linear, (parent, _, child) = modules[own_name], own_name.rpartition(".")
+        dtype = linear.weight.dtype
+        tensors = {key: torch.empty(shape, dtype=dtype, device="meta") for key, shape in boosts[name].items()}
+        layer = Boosted(linear, **tensors).requires_grad_()  # as all parameters of a model that is opened
+        setattr(modules[parent], child, layer.train(linear.training))
+        modules |= {own_name: layer, f"{own_name}.linear": linear}
 
 
 def _resize(model: nn.Module, entry: SparseCheckpointConfig) -> None:

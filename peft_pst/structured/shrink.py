@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..boost import Boosted
 from ..merged import check_merged
 from ..patterns import COUPLED
 from ..sparse.linear import SparseLinear
@@ -53,8 +54,8 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> P
 
     Raises:
         TypeError: if it is no model of transformers, or its weights are quantized or distributed.
-        ValueError: if an adapter is not merged yet, the model is not all in memory, weights are stored sparse, or the
-            model does not run on the inputs.
+        ValueError: if an adapter is not merged yet, the model is not all in memory, weights are stored sparse, layers
+            have low-rank boosts, or the model does not run on the inputs.
     """
     _check(model)
     inputs = _tokens(model) if inputs is None else inputs
@@ -134,6 +135,12 @@ def _check(model: nn.Module) -> None:
         raise ValueError(
             "The model's weights are stored sparse: call model = densify(model) and shrink that. accelerate_sparse or "
             "save_pretrained take what comes out."
+        )
+    boosted = next((name for name, module in model.named_modules() if isinstance(module, Boosted)), None)
+    if boosted is not None:
+        raise ValueError(
+            f"The model has low-rank boosts, such as that of {boosted!r}, which keep alive what its weights prune: "
+            "shrink it before it is trained with a boost, or train with PSTConfig(boost=None)."
         )
 
 

@@ -4,7 +4,8 @@ FOLDER holds the model in `base`; KIND is ddp, fsdp2, zero2 or zero3; CONFIG is 
 global batch is the same for any number of processes, which torch.distributed reads from the environment.
 
 Written to FOLDER: `masks-RANK.pt`, the hash of all masks after each step, and by the main process
-`trained.safetensors`, the adapter, `logits.safetensors`, of all data, and the merged model in `auto` and `dense`.
+`trained.safetensors`, the adapter, `logits.safetensors`, of all data, and the merged model in `auto` and, without a
+boost, `dense`.
 """
 
 import hashlib
@@ -125,6 +126,6 @@ logits = torch.from_numpy(trainer.predict(data).predictions)
 if rank == 0:
     save_file({"logits": logits}, folder / "logits.safetensors")
 merged = model.merge_and_unload()
-for name in ("auto", "dense"):
+for name in ("auto",) if choices.get("boost") else ("auto", "dense"):  # plain transformers has no place for a boost
     if kind in ("fsdp2", "zero3") or rank == 0:
         save_pretrained(merged, folder / name, name)

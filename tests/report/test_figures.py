@@ -3,7 +3,7 @@ import torch
 from peft import get_peft_model
 from reference import plain_importance
 
-from peft_pst import PSTConfig, plot_depth, plot_masks, plot_scores, plot_sparsity, tensor_sparsity
+from peft_pst import PSTConfig, plot_depth, plot_flips, plot_masks, plot_scores, plot_sparsity, tensor_sparsity
 
 pytest.importorskip("matplotlib", reason="figures need the extra peft-pst[plot]")
 
@@ -53,3 +53,20 @@ def test_scores(tmp_path, bert):
     torch.testing.assert_close(torch.tensor(drawn), torch.stack([part.std() for part in expected]).double().detach())
     with pytest.raises(ValueError, match="No layer has an active adapter with importance='pst'"):
         plot_scores(model.merge_and_unload(), tmp_path / "scores.png")
+
+
+def test_flips(tmp_path):
+    history = [
+        {"step": 10, "loss": 2.0, "sparsity": 0.5, "flip_rate": 0.0, "first_flip_rate": 0.0},
+        {"step": 10, "eval_loss": 2.0},
+        {"step": 20, "loss": 1.5, "sparsity": 0.5, "flip_rate": 0.125, "first_flip_rate": 0.25},
+        {"step": 20, "train_runtime": 3.0},
+    ]
+    axes = plot_flips(history, tmp_path / "flips.png").axes[0]
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.get_lines()}
+    assert lines == {"at the last selection": ([10, 20], [0, 12.5]), "since the first mask": ([10, 20], [0, 25])}
+    assert axes.get_xlabel() == "optimizer step" and "%" in axes.get_ylabel() and axes.get_legend()
+    assert (tmp_path / "flips.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"no flip rates: .* as with PSTConfig.ast\(\). Train with PSTTrainer"):
+        plot_flips(history[1::2], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
