@@ -49,6 +49,23 @@ def test_kl_of_softened_predictions():
     assert kl_divergence(own.bfloat16(), expected.bfloat16(), 3.0).dtype == torch.float32
 
 
+def test_the_loss_of_ast_by_hand():
+    """(1 - a) CE + a T² KL of each predicted token with a = 2/3 and T = 2, the mean over tokens."""
+    dense, inputs = llama().eval()(**batch(5, 3, labels=False)).logits.detach().double(), batch(5, 3)
+    model = get_peft_model(llama(), PSTConfig.ast())
+    model.base_model.set_sparsity(0.5)
+    nn.init.normal_(model.base_model.model.model.layers[0].mlp.up_proj.pst_D["default"], std=0.02)
+    distillation = Distillation(model, DistillationConfig(task=1 / 3, logits=2 / 3))
+    taught, output = distillation.teach(inputs), model(**inputs)
+    mine = distillation.total(output.loss, distillation.losses(inputs, output, taught))
+    own, tokens = output.logits.detach().double(), []
+    for text, (length, labels) in enumerate(zip((5, 3), inputs["labels"].tolist(), strict=True)):
+        for i in range(length - 1):
+            p, q = ((logits[text, i] / 2).softmax(-1) for logits in (dense, own))
+            tokens.append(-own[text, i].log_softmax(-1)[labels[i + 1]] / 3 + 2 / 3 * 4 * (p * (p / q).log()).sum())
+    assert len(tokens) == 6 and float(mine.detach()) == pytest.approx(float(sum(tokens) / 6), rel=1e-5)
+
+
 def test_hidden_states_by_hand():
     own, expected = torch.randn(2, 3, 4), torch.randn(2, 3, 4)
     mask = torch.tensor([[True, True, False], [True, False, False]])

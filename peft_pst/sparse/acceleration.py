@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from .dense_product import speed_up_dense_layers
 from .feed_forward import fuse_feed_forward
 from .linear import SparseLinear
+from .semi_structured import is_able
 from .serving import HAS_KERNELS, warn_that_it_is_slow
 
 MOST_DENSE = 0.6
@@ -58,7 +59,9 @@ def accelerate_opened(model: nn.Module) -> None:
     """The same for a model that was just opened from a sparse checkpoint, as far as it can be."""
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     if not all(module.pack() for module in sparse):
-        warn_that_it_is_slow()
+        # on a GPU that runs 2:4 the first call says so, if it has to
+        if not all(is_able(part.device) for module in sparse for part in module.parts.values()):
+            warn_that_it_is_slow()
     elif sparse:
         _speed_up_the_rest(model)
 

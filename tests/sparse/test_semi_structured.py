@@ -20,7 +20,7 @@ from torch.sparse._semi_structured_conversions import (
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import SparseLinear
-from peft_pst.sparse import semi_structured, serving
+from peft_pst.sparse import acceleration, semi_structured, serving
 
 OUT, SIZE = 64, 128
 gpu = pytest.mark.skipif(
@@ -304,3 +304,14 @@ def test_journeys_of_a_gpu(monkeypatch):
     check(sparse(x.cpu()), linear.cpu(), x.cpu())
     with torch.autocast("cuda", dtype=torch.float16):
         assert again(x.float()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_opening_says_that_it_is_slow_only_where_2_4_cannot_run(monkeypatch, able):
+    said = []
+    monkeypatch.setattr(acceleration, "warn_that_it_is_slow", lambda: said.append(1))
+    monkeypatch.setattr(acceleration, "is_able", lambda device: able)
+    model = nn.Sequential(SparseLinear.from_linear(two_of_four()))
+    monkeypatch.setattr(SparseLinear, "pack", lambda self: None)  # as on a GPU, which the kernels are not for
+    acceleration.accelerate_opened(model)
+    assert bool(said) != able
