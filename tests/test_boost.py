@@ -142,3 +142,11 @@ def test_what_it_needs():
         PSTConfig(boost=16, pattern="neuron")
     with pytest.raises(ValueError, match="boost_projection=True has no effect without a boost"):
         PSTConfig(boost_projection=True)
+
+
+def test_a_merged_boost_has_the_dtype_of_the_weight():
+    model = get_peft_model(nn.Sequential(nn.Linear(K, N).bfloat16()), PSTConfig.ast(target_modules=["0"], boost=SIZE))
+    model.base_model.set_sparsity(0.5)
+    assert model.base_model.model[0].pst_boost["default"].dtype == torch.float32  # as it trains
+    merged = model.merge_and_unload()
+    assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}

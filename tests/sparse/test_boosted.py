@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 import peft_pst
 from peft_pst import PSTConfig, SparseLinear, densify, report, save_pretrained, shrink, tensor_sparsity, verify
+from peft_pst.bench.variants import write_variants
 from peft_pst.boost import Boosted
 from peft_pst.plan import plan
 
@@ -111,6 +112,25 @@ def test_a_model_that_was_opened_can_be_saved_again(journey, tmp_path):
         again.save_pretrained(tmp_path / "two")
     last = type(model).from_pretrained(tmp_path / "two")
     assert boosts(last) == boosts(model) and same_tensors(tensors(last), model.state_dict())
+
+
+def test_what_transformers_saves_of_a_merged_model_opens_too(tmp_path):
+    model = merged("llama", torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, dtype="auto")
+    assert boosts(again) == boosts(model) and same_tensors(again.state_dict(), model.state_dict())
+
+
+def test_each_variant_of_bench_has_the_boosts(tmp_path):
+    model = merged("llama")
+    expected = logits(model)
+    save_pretrained(model, tmp_path / "small")
+    opened = type(model).from_pretrained(tmp_path / "small")
+    for variant in write_variants(opened, tmp_path / "small", tmp_path):
+        again = type(model).from_pretrained(variant.folder, dtype="auto")
+        assert boosts(again) == boosts(model)
+        tolerance = {"atol": 0.05, "rtol": 0.1} if again.dtype == torch.bfloat16 else {}
+        torch.testing.assert_close(logits(again).float(), expected, **tolerance)
 
 
 def test_opens_without_its_head(tmp_path):
