@@ -11,6 +11,7 @@ it is done, and not run again.
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -103,7 +104,8 @@ def main() -> None:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Mean and spread over the seeds, and how much of the gap between one-shot magnitude and dense is closed."""
+    """Mean and spread over the seeds, and how much of the gap between one-shot magnitude and dense is closed, in
+    perplexity and in its logarithm, the loss."""
     means = {
         method: statistics.mean(cell["perplexity"] for cell in cells.values()) for method, cells in results.items()
     }
@@ -111,21 +113,24 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     for method, cells in results.items():
         perplexities = [cell["perplexity"] for cell in cells.values()]
         spread = f" ± {statistics.stdev(perplexities):.2f}" if len(cells) > 1 else ""
-        closed = (means[ONE_SHOT] - means[method]) / (means[ONE_SHOT] - means[DENSE])
+        closed = [
+            f"{(scale(means[ONE_SHOT]) - scale(means[method])) / (scale(means[ONE_SHOT]) - scale(means[DENSE])):.0%}"
+            for scale in (float, math.log)
+        ]
         trained = method in TRAINED
         first = next(iter(cells.values()))
         rows.append(
             (
                 method,
                 f"{means[method]:.2f}{spread}",
-                "" if method in (DENSE, ONE_SHOT) else f"{closed:.0%}",
+                *(["", ""] if method in (DENSE, ONE_SHOT) else closed),
                 "0%" if method == DENSE else f"{first.get('sparsity', 0.5):.0%}",
                 f"{first['tokens']:,}" if trained else "",
                 f"{statistics.median(cell['minutes'] for cell in cells.values()):.1f}" if trained else "",
                 f"{first['first_flip_rate']:.2%}" if first.get("first_flip_rate") is not None else "",
             )
         )
-    header = ("method", "perplexity", "of the gap", "pruned", "tokens", "minutes", "mask moved")
+    header = ("method", "perplexity", "of the gap", "in loss", "pruned", "tokens", "minutes", "mask moved")
     return format_table(header, rows)
 
 
