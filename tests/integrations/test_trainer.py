@@ -180,7 +180,7 @@ METHODS = {
     "pst": {},
     "interval": {"mask_interval": 7, "budget": "global"},
     "l0": {"importance": "l0", "update": "full", "pattern": "neuron"},
-    "ast": {"ast": True, "mask_interval": 5, "masked_decay": 0.01},
+    "ast": {"ast": True, "mask_interval": 5, "masked_decay": 0.01, "masked_decay_warmup_ratio": 0.9},
 }
 
 
