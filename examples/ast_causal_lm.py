@@ -109,7 +109,7 @@ def settings(args: argparse.Namespace) -> TrainingArguments:
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
         warmup_steps=args.max_steps // 20,
-        logging_steps=10,
+        logging_steps=min(10, args.max_steps),
         save_strategy="no",
         report_to="none",
         seed=args.seed,

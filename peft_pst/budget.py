@@ -47,7 +47,7 @@ class Target(NamedTuple):
 
 
 def _set_sparsity(targets: list[Target], sparsity: float) -> None:
-    waiting = [target for target in targets if sparsity > 0 and target.layer.boost_waits(target.adapter)]
+    waiting = [target for target in targets if target.layer.boost_waits(target.adapter) and sparsity > 0]
     _prune(targets, sparsity)
     for layer, adapter in waiting:
         layer.start_boost(adapter)

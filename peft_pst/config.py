@@ -211,6 +211,11 @@ class PSTConfig(PeftConfig):
         return self.budget == "global" or self.pattern in COUPLED or self.mask_interval > 1
 
     @property
+    def selects_at_start(self) -> bool:
+        """Whether `initial_sparsity` needs masks: to keep them, or for a boost, which starts from what they prune."""
+        return self.keeps_masks or self.boost is not None
+
+    @property
     def counts_flips(self) -> bool:
         """Whether it is counted how masks change: where they are kept, and no growing sparsity changes them."""
         return self.keeps_masks and self.schedule == "constant"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -61,12 +63,25 @@ def decay_masked(optimizer: Optimizer, scheduler: SparsityScheduler) -> None:
     _HANDLES[optimizer] = optimizer.register_step_post_hook(hook)
 
 
+@functools.cache
+def _warn_of_another_optimizer() -> None:
+    warnings.warn(
+        "masked_decay is measured against the second moment that Adam keeps as exp_avg_sq. This optimizer keeps none, "
+        "so that the decay of a step is lr * masked_decay alone, next to nothing for values that suit Adam: take "
+        "torch.optim.AdamW, raise masked_decay, or set it to 0.",
+        stacklevel=2,
+    )
+
+
 def _decaying(scheduler: SparsityScheduler) -> Iterator[Linear]:
     return (layer for layer in scheduler.layers if layer.active_config.masked_decay)
 
 
 @torch.no_grad()
 def _decay(optimizer: Optimizer, scheduler: SparsityScheduler) -> None:
+    overflow = getattr(optimizer, "found_inf", None)  # a fused Adam runs in a step that a GradScaler skips
+    if overflow is not None and bool(overflow):
+        return
     groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
     for layer in _decaying(scheduler):
         adapter = layer.active_pst_adapter
@@ -82,6 +97,7 @@ def _rate(numerator: float | Tensor, group: dict[str, Any], state: dict[str, Any
     """The share of a masked weight that decays."""
     v = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
     if v is None or "betas" not in group:
+        _warn_of_another_optimizer()
         return min(1.0, numerator)
     step = torch.as_tensor(state["step"], dtype=torch.float64)  # in float32, as Adam has it, the first ones are rough
     correction = 1 - group["betas"][1] ** step

@@ -106,7 +106,7 @@ class PSTLayer(BaseTunerLayer):
             self._add_boost(adapter_name, config)
         for name, buffer in zip(method.importance.buffers, method.importance.empty_buffers(*self.shape), strict=True):
             getattr(self, name)[adapter_name] = buffer
-        num_pruned = 0 if config.keeps_masks else pattern.num_pruned(self.shape, config.initial_sparsity)
+        num_pruned = 0 if config.selects_at_start else pattern.num_pruned(self.shape, config.initial_sparsity)
         self.pst_num_pruned[adapter_name] = torch.tensor(num_pruned)
         if config.keeps_masks:
             self.pst_mask[adapter_name] = pack_bits(torch.ones(self.shape, dtype=torch.bool))
@@ -140,8 +140,9 @@ class PSTLayer(BaseTunerLayer):
 
     def start_boost(self, adapter_name: str) -> None:
         """Start S of a boost from what is pruned now."""
-        S = self.pst_boost[adapter_name]
-        assign(S, mean_pruned(self.pruned_part(adapter_name), S.shape[1]))
+        groups = self.in_features // self.pst_config[adapter_name].boost
+        assign(self.pst_boost[adapter_name], mean_pruned(self.pruned_part(adapter_name), groups))
+        self._boost_waits[adapter_name] = False
 
     def boost(self, adapter_name: str) -> tuple[Tensor, Tensor | None] | None:
         """S and P of an adapter's boost, if it has one; P is None where it sums."""

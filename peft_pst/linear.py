@@ -264,8 +264,8 @@ class Linear(nn.Module, PSTLayer):
                     raise ValueError(
                         f"The adapter does not fit: {prefix}{name} has shape {list(loaded.shape)} in the checkpoint, "
                         f"but this layer, [out={self.out_features}, in={self.in_features}], needs "
-                        f"{list(parameter.shape)}. It was trained on a base model of another size, or with another r "
-                        "or mask_r: load it on the model and with the adapter_config.json it was saved with."
+                        f"{list(parameter.shape)}. It was trained on a base model of another size, or with another r, "
+                        "mask_r or boost: load it on the model and with the adapter_config.json it was saved with."
                     )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

@@ -106,7 +106,7 @@ class PSTModel(BaseTuner):
         if config.pattern in COUPLED:
             self._couplings = find_couplings(model, config.pattern, config.coupled_modules)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if config.keeps_masks and config.initial_sparsity > 0:
+        if config.selects_at_start and config.initial_sparsity > 0:
             layers = [m for m in model.modules() if isinstance(m, PSTLayer) and adapter_name in m.pst_config]
             # on the meta device they wait for a checkpoint, which brings its masks
             if not any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
@@ -155,7 +155,7 @@ class PSTModel(BaseTuner):
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
         if merge:
             make_dense(model)
-            describe_boosts(model)
+        describe_boosts(model)  # layers that were merged before stay so
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

@@ -81,7 +81,6 @@ class SparsityScheduler:
         self.total_steps = total_steps
         for layer in self.layers:
             layer.check_sparsity(layer.active_pst_adapter, layer.active_config.sparsity)
-        self._go_on(last_step)
         if any(layer.active_config.masked_decay for layer in self.layers):
             if optimizer is None:
                 raise ValueError(
@@ -89,6 +88,7 @@ class SparsityScheduler:
                     "SparsityScheduler(model, total_steps, optimizer=optimizer)."
                 )
             decay_masked(optimizer, self)
+        self._set_step(last_step, made_before=last_step > 0)
 
     def step(self) -> None:
         """Set the sparsity that follows the optimizer step just made."""
@@ -96,18 +96,16 @@ class SparsityScheduler:
 
     def set_step(self, step: int) -> None:
         """Set the sparsity that holds after `step` optimizer steps, for instance to resume a training."""
-        self._set_step(step, self.layers)
+        self._set_step(step, made_before=False)
 
-    def _go_on(self, step: int) -> None:
-        """Set the sparsity of a step that was made before; the mask that an adapter brought was selected then."""
-        self._set_step(step, [layer for layer in self.layers if not (step > 0 and _brings_mask(layer))])
-
-    def _set_step(self, step: int, layers: list[PSTLayer]) -> None:
+    def _set_step(self, step: int, made_before: bool) -> None:
+        """`made_before` is a step whose masks were selected then, and brought by the adapter."""
         self.last_step = step
         by_sparsity: dict[float, list[PSTLayer]] = {}
-        for layer in layers:
+        for layer in self.layers:
             config = layer.active_config
-            if step % config.mask_interval == 0 or step == ramp_bounds(config, self.total_steps)[1]:
+            is_due = step % config.mask_interval == 0 or step == ramp_bounds(config, self.total_steps)[1]
+            if is_due and not (made_before and _brings_mask(layer)):
                 by_sparsity.setdefault(sparsity_at(config, step, self.total_steps), []).append(layer)
         for sparsity, layers in by_sparsity.items():
             set_sparsity(layers, sparsity)
@@ -131,4 +129,4 @@ class SparsityScheduler:
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Go on from the step of another scheduler's `state_dict()`."""
-        self._go_on(state_dict["last_step"])
+        self._set_step(state_dict["last_step"], made_before=True)

@@ -53,6 +53,31 @@ def test_it_starts_from_the_mean_of_what_the_first_mask_prunes(base):
     assert torch.equal(layer.pst_boost["default"], before)
 
 
+@pytest.mark.parametrize("interval", [1, 10])
+def test_it_starts_with_a_mask_that_is_there_from_the_beginning(interval):
+    started = boosted(nn.Linear(K, N), initial_sparsity=0.5, mask_interval=interval).base_model.model[0]
+    pruned = started.base_layer.weight.detach().masked_fill(two_of_four(started.base_layer.weight.detach()) == 1, 0)
+    torch.testing.assert_close(started.pst_boost["default"].detach(), pruned.unflatten(1, (-1, SIZE)).mean(-1))
+
+
+def test_a_boost_that_has_trained_does_not_start_again():
+    model = boosted()
+    model.base_model.set_sparsity(0.5)
+    S = model.base_model.model[0].pst_boost["default"]
+    nn.init.ones_(S)
+    for sparsity in (0, 0.5):  # as one looks at the dense model
+        model.base_model.set_sparsity(sparsity)
+    assert (S == 1).all()
+
+
+def test_what_was_merged_in_place_and_unloaded_describes_its_boosts(bert):
+    model = get_peft_model(bert(intermediate_size=64), PSTConfig.ast())
+    model.base_model.set_sparsity(0.5)
+    model.merge_adapter()
+    model = model.unload()
+    assert len(model.config.quantization_config.boosts) == 12
+
+
 def test_under_wanda_it_starts_when_the_first_mask_is_selected():
     model = boosted(importance="wanda")
     calibrate(model, [torch.randn(8, K, dtype=torch.float64)])

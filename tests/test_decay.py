@@ -6,6 +6,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_pst import PSTConfig, SparsityScheduler
+from peft_pst import decay as decay_module
 from peft_pst.decay import decay_at
 
 STEPS = 12
@@ -136,14 +137,30 @@ def test_one_scheduler_at_a_time():
     assert shrinks(net, optimizer) == 1
 
 
-def test_a_step_that_a_scaler_skips_decays_nothing():
+@pytest.mark.parametrize(
+    "make",
+    [lambda p: torch.optim.SGD(p, lr=0.1), lambda p: torch.optim.AdamW(p, lr=0.1, fused=True)],
+    ids=["SGD", "fused AdamW"],
+)
+def test_a_step_that_a_scaler_skips_decays_nothing(make):
     net = model(masked_decay=0.5, masked_decay_warmup_ratio=0.0)
-    optimizer, scaler = torch.optim.SGD(net.parameters(), lr=0.1), torch.amp.GradScaler("cpu")
+    optimizer, scaler = make([net.base_model.model[0].pst_D["default"]]), torch.amp.GradScaler("cpu")
     scheduler = SparsityScheduler(net, STEPS, optimizer=optimizer)
     before = masks(net)[0]
     scaler.scale(net(torch.randn(4, 16, dtype=torch.float64)).sum() * torch.inf).backward()
     scaler.step(optimizer)
     assert torch.equal(masks(net)[0], before) and scheduler
+
+
+def test_an_optimizer_without_a_second_moment_is_a_warning():
+    net = model(masked_decay_warmup_ratio=0.0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    scheduler = SparsityScheduler(net, STEPS, optimizer=optimizer)
+    net(torch.randn(4, 16, dtype=torch.float64)).sum().backward()
+    decay_module._warn_of_another_optimizer.cache_clear()
+    with pytest.warns(UserWarning, match="take torch.optim.AdamW, raise masked_decay"):
+        optimizer.step()
+    assert scheduler
 
 
 def test_what_it_needs():
