@@ -32,8 +32,8 @@ A cell says under which `budget` a pattern and an importance combine. Where they
 ({updates}) and every `mask_interval`. `2:4` stands for all N:M, `block:8x1` for all blocks.
 
 `straight_through` wants an `update` that trains a weight, `masked_decay` wants `full` and `straight_through`, and an
-optimizer that has the weights themselves, as under DDP and FSDP2 but not under DeepSpeed's ZeRO. A `boost` goes with every
-pattern but `neuron` and `head`, and its size divides the inputs of each weight.
+optimizer that has the weights themselves, as under DDP and FSDP2 but not under DeepSpeed's ZeRO. A `boost` goes with
+every pattern but `neuron` and `head`, and its size divides the inputs of each weight.
 
 """
 
