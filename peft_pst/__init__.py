@@ -33,6 +33,7 @@ from .sparse.linear import SparseLinear
 from .sparse.quantizer import densify
 from .sparse.quantizer import register as register_checkpoint
 from .sparse.verify import verify
+from .structured.compress import compress
 from .structured.shrink import shrink
 
 __version__ = "0.1.0"
@@ -51,6 +52,7 @@ __all__ = [
     "accelerate_sparse",
     "bench",
     "calibrate",
+    "compress",
     "create_pst_optimizer",
     "densify",
     "format_table",

@@ -52,7 +52,7 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     try:
         batch = None
         for batch in tqdm(dataloader, desc="calibrating", unit="batch"):
-            _run(model, batch, layers[0].get_base_layer().weight.device, padding)
+            run_batch(model, batch, layers[0].get_base_layer().weight.device, padding)
         if batch is None:
             raise ValueError("calibrate() got no batch: the dataloader is empty, or an iterator that was used up.")
     finally:
@@ -71,8 +71,14 @@ class Padding:
 
     mask: Tensor | None = None
 
+    def tokens(self, x: Tensor) -> Tensor:
+        """Those of x [batch, tokens, channels] that count, [tokens that count, channels]; all of another shape."""
+        counts = self.mask is not None and x.shape[:2] == self.mask.shape
+        return x[self.mask.to(x.device)] if counts and x.ndim == 3 else x.reshape(-1, x.shape[-1])
 
-def _run(model: nn.Module, batch: Any, device: torch.device, padding: Padding) -> None:
+
+def run_batch(model: nn.Module, batch: Any, device: torch.device, padding: Padding) -> None:
+    """Run a batch through a model: a mapping of keyword arguments, or the model's input itself."""
     if not isinstance(batch, Mapping):
         padding.mask = None
         model(batch.to(device))
@@ -84,10 +90,7 @@ def _run(model: nn.Module, batch: Any, device: torch.device, padding: Padding) -
 
 
 def _note(padding: Padding, layer: PSTLayer, args: tuple[Tensor, ...]) -> None:
-    x = args[0]
-    counts = padding.mask is not None and x.shape[:2] == padding.mask.shape
-    tokens = x[padding.mask.to(x.device)] if counts and x.ndim == 3 else x.reshape(-1, x.shape[-1])
-    Method.of(layer.active_config).importance.observe(tokens, *_buffers(layer))
+    Method.of(layer.active_config).importance.observe(padding.tokens(args[0]), *_buffers(layer))
 
 
 def _buffers(layer: PSTLayer) -> list[Tensor]:

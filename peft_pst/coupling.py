@@ -17,6 +17,7 @@ STRUCTURES = {
     "neuron": (
         ("gate_proj", "up_proj", "down_proj"),
         ("up_proj", "down_proj"),
+        ("gate_up_proj", "down_proj"),  # GLM and Phi-3: the gates stacked on the rest
         ("intermediate.dense", "output.dense"),
         ("c_fc", "c_proj"),
         ("fc1", "fc2"),
@@ -132,8 +133,9 @@ def _parts(linears: list[nn.Module], pattern: str, owner: nn.Module) -> list[Sli
     outputs = [out_features for _, out_features in makers]
     inputs = taker[0]
     if pattern == "neuron":
-        fits = all(size == inputs for size in outputs)
-        return [*[Slices(0, inputs)] * len(outputs), Slices(1, inputs)] if fits else None
+        stacks = 2 if hasattr(owner, "gate_up_proj") else 1
+        fits = all(size == stacks * inputs for size in outputs)
+        return [*[Slices(0, inputs, stacks)] * len(outputs), Slices(1, inputs)] if fits else None
     head_size = next((getattr(owner, name) for name in HEAD_SIZES if hasattr(owner, name)), None)
     if head_size is None:
         return None

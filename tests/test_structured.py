@@ -32,6 +32,7 @@ ENDS = {"bos_token_id": 1, "eos_token_id": 1}
 MODELS = {
     "bert": (AutoModelForSequenceClassification, FFN),
     "bloom": (AutoModelForCausalLM, {"vocab_size": 99, "hidden_size": 64, "n_layer": 2, "n_head": 8}),
+    "glm": (AutoModelForCausalLM, {**FFN, "num_key_value_heads": 4, "head_dim": 8, "eos_token_id": 1}),
     "gpt2": (AutoModelForCausalLM, {"vocab_size": 99, "n_embd": 64, "n_layer": 3, "n_head": 8, **ENDS}),
     "llama": (AutoModelForCausalLM, {**FFN, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     "mt5": (AutoModelForSeq2SeqLM, {**T5, "feed_forward_proj": "gated-gelu", "decoder_start_token_id": 0}),
@@ -117,7 +118,7 @@ def attentions(model):
 
 
 @pytest.mark.filterwarnings(OF_OURS)
-@pytest.mark.parametrize("model_type", [*FOUR, "mt5"])
+@pytest.mark.parametrize("model_type", [*FOUR, "glm", "mt5"])
 def test_half_of_the_neurons_and_heads_go_and_the_outputs_stay(model_type):
     model = prune(prune(fresh(model_type), "neuron"), "head")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -135,7 +136,7 @@ def test_half_of_the_neurons_and_heads_go_and_the_outputs_stay(model_type):
         embedding, head = smaller.get_input_embeddings(), smaller.get_output_embeddings()
         tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
         assert (embedding.weight is head.weight) == tied
-        assert tied or model_type == "mt5"
+        assert tied or model_type in ("glm", "mt5")
 
 
 @pytest.mark.filterwarnings(OF_OURS)

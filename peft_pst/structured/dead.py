@@ -33,7 +33,8 @@ def living_units(structure: Structure) -> tuple[Tensor, Tensor]:
 
 def _neurons(structure: Structure) -> Tensor:
     """The value of each neuron that is always the same, float64 [inputs]; NaN for the others."""
-    (first, *gated), dtype = [_rows(maker) for maker, _ in structure.makers], structure.taker.weight.dtype
+    dtype = structure.taker.weight.dtype
+    first, *gated = [rows for maker, part in structure.makers for rows in _rows(maker).chunk(part.stacks)]
     activation = next((a for name in ACTIVATIONS if callable(a := getattr(structure.owner, name, None))), None)
     if activation is None:
         return torch.full_like(first, torch.nan)

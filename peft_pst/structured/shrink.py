@@ -12,11 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..boost import Boosted
-from ..merged import check_merged
 from ..patterns import COUPLED
-from ..sparse.linear import SparseLinear
 from ..sparse.quantizer import SparseCheckpointConfig, widths_in
+from .checks import check_dense
 from .dead import living_units
 from .plain import are_uniform, plain_changes, pruned_heads, set_in_configs
 from .widths import find_structures, resize
@@ -57,7 +55,7 @@ def shrink(model: PreTrainedModel, inputs: Mapping[str, Any] | None = None) -> P
         ValueError: if an adapter is not merged yet, the model is not all in memory, weights are stored sparse, layers
             have low-rank boosts, or the model does not run on the inputs.
     """
-    _check(model)
+    check_dense(model, "shrink")
     inputs = _tokens(model) if inputs is None else inputs
     try:
         expected = _outputs(model, inputs)
@@ -127,21 +125,6 @@ def _without_dead_units(
             stacklevel=3,
         )
     return smaller
-
-
-def _check(model: nn.Module) -> None:
-    check_merged(model, "shrink")
-    if any(isinstance(module, SparseLinear) for module in model.modules()):
-        raise ValueError(
-            "The model's weights are stored sparse: call model = densify(model) and shrink that. accelerate_sparse or "
-            "save_pretrained take what comes out."
-        )
-    boosted = next((name for name, module in model.named_modules() if isinstance(module, Boosted)), None)
-    if boosted is not None:
-        raise ValueError(
-            f"The model has low-rank boosts, such as that of {boosted!r}, which keep alive what its weights prune: "
-            "shrink it before it is trained with a boost, or train with PSTConfig(boost=None)."
-        )
 
 
 def _copy(model: PreTrainedModel) -> PreTrainedModel:
