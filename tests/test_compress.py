@@ -229,9 +229,11 @@ def test_by_importance_more_stays_than_at_random():
     assert smaller.config.compression["channels"] == loud.tolist()
 
 
-def test_what_is_nearly_nothing_goes():
-    """Every second channel of each kind is nearly zero: without them the outputs are nearly the same."""
+@pytest.mark.parametrize("turned", [[0, 2, 4, 6], [0, 1, 2, 3], [4, 5, 6, 7], [3, 4, 5, 6]])
+def test_what_is_nearly_nothing_goes(turned):
+    """Half of the channels of each kind are nearly zero: without them the outputs are nearly the same."""
     model = fresh("llama")
+    quiet = [channel for channel in range(16) if channel % 8 not in turned]
     with torch.no_grad():
         model.model.embed_tokens.weight[:, ::2] *= 1e-4
         for index in range(4):
@@ -239,7 +241,7 @@ def test_what_is_nearly_nothing_goes():
             for taker in (block.attended, block.down):
                 taker.weight[::2] *= 1e-4
                 taker.weight[:, 1::2] *= 1e-4
-            block.keys.weight[block.key_rows[:, 1::2]] *= 1e-4
+            block.keys.weight[block.key_rows[:, quiet]] *= 1e-4
     smaller = compress(model, head_dim=8)
     assert smaller.config.compression["channels"] == list(range(1, 64, 2))
     assert (logits(smaller) - logits(model)).norm() < 1e-3 * logits(model).norm()

@@ -13,7 +13,7 @@ from .anatomy import Anatomy, find_anatomy
 from .checks import check_dense
 from .measuring import measure
 from .plain import KEYS
-from .rotary import possible_thetas, rotary_of, set_theta
+from .rotary import frequency_choices, rotary_of
 from .selection import CHANNELS, LAYERS, ChannelSelection, Kept, choose_layers
 from .slicing import cut
 
@@ -39,7 +39,7 @@ def compress(
     Depth: a part of the layers stays. Width: the number N of heads stays, while each shrinks from d to d' channels,
     and with it the hidden size H to H d'/d and that of the feed-forward blocks. The channels of the residual stream
     that stay are the same everywhere; each attention and each feed-forward block has its own. Channels that rotary
-    positions turn stay in pairs, at frequencies that a config can say: every m-th of the fastest, for the best m.
+    positions turn stay in pairs, at frequencies that a config can say: every m-th from one on, by the best of them.
 
     What comes out is an ordinary model that plain transformers opens, to be trained on, such as against the model
     given (`DistillationConfig`). Without training it computes what the model does with the other channels zero:
@@ -180,12 +180,12 @@ def _narrow(
     for key in EPS:
         if hasattr(config, key):
             setattr(config, key, getattr(config, key) * old.hidden_size / hidden)
-    rotary, frequencies, thetas = rotary_of(model), 0, {1: 1.0}
-    if rotary is not None:
-        frequencies, thetas = len(rotary.inv_freq), possible_thetas(rotary, old, config)
-    heads, stride = selection.heads(head_dim, frequencies, frequencies * head_dim // size, list(thetas))
-    if rotary is not None:
-        set_theta(config, thetas[stride])
+    rotary = rotary_of(model)
+    choices = [] if rotary is None else frequency_choices(rotary, old, config)
+    frequencies = 0 if rotary is None else len(rotary.inv_freq)
+    heads, best = selection.heads(head_dim, frequencies, [choice.kept for choice in choices])
+    if choices:
+        choices[best].set_in(config)
     return kept._replace(
         hidden=selection.hidden(old.hidden_size, hidden), heads=heads, neurons=selection.neurons(neurons)
     )

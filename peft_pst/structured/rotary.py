@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,51 +45,71 @@ def turned_pairs(attention: nn.Module, frequencies: int) -> Tensor:
     return torch.stack([first, partner[first]], 1)
 
 
-def possible_thetas(rotary: nn.Module, config: PretrainedConfig, narrower: PretrainedConfig) -> dict[int, float]:
+class Choice(NamedTuple):
+    """Frequencies that a narrower model can have: `kept` of those of the other one, every m-th from one on."""
+
+    kept: Tensor
+    """int64 [frequencies of the narrower model], ascending."""
+    theta: float
+    factor: float | None
+    """By which positions are scaled, which makes all frequencies slower; None to leave their scaling as it is."""
+
+    def set_in(self, config: PretrainedConfig) -> None:
+        """Give the config of the narrower model these frequencies, in place."""
+        parameters = getattr(config, "rope_parameters", None)
+        if parameters is not None:  # transformers 5
+            parameters["rope_theta"] = self.theta
+            if self.factor is not None:
+                parameters |= {"rope_type": "linear", "factor": self.factor}
+            return
+        config.rope_theta = self.theta
+        if self.factor is not None:
+            config.rope_scaling = {"rope_type": "linear", "factor": self.factor}
+        if hasattr(config, "rotary_emb_base"):  # GPT-NeoX, which makes rope_theta from it
+            config.rotary_emb_base = self.theta
+
+
+def frequency_choices(rotary: nn.Module, config: PretrainedConfig, narrower: PretrainedConfig) -> list[Choice]:
     """Which frequencies a model of fewer channels can have.
 
-    They are theta^(-2i/d), i = 0, 1, ...; so every m-th of them are those of d' channels with theta^(m d'/d).
+    They are theta^(-2i/d), i = 0, 1, ... So those with i = s + m j, j = 0, 1, ..., are the frequencies of d' channels
+    with theta^(m d'/d), if the positions are divided by theta^(2s/d).
 
     Args:
         rotary: the module that makes the positions, of any width.
         config: of the model that has all frequencies.
         narrower: of the model of fewer channels, with the same theta.
 
-    Returns:
-        Of each stride m that is possible the theta.
-
     Raises:
         TypeError: if there is none, since a scaling of the positions counts the channels.
     """
-    (old, new), theta, thetas = (len(_frequencies(rotary, each)) for each in (config, narrower)), _theta(config), {}
-    for stride in range(1, (old - 1) // max(new - 1, 1) + 1):
-        changed = copy.deepcopy(narrower)
-        set_theta(changed, theta ** (stride * new / old))
-        found, expected = _frequencies(rotary, changed), _frequencies(rotary, config)[::stride][:new]
-        if len(found) and torch.allclose(found, expected, 1e-5, 0):
-            thetas[stride] = _theta(changed)
-    if not thetas:
+    old, new, theta = _frequencies(rotary, config), len(_frequencies(rotary, narrower)), _theta(config)
+    choices = []
+    for stride in range(1, (len(old) - 1) // max(new - 1, 1) + 1):
+        for start in range(len(old) - stride * (new - 1) if _is_unscaled(config) else 1):
+            factor = theta ** (start / len(old)) if start else None
+            choice = Choice(start + stride * torch.arange(new), theta ** (stride * new / len(old)), factor)
+            changed = copy.deepcopy(narrower)
+            choice.set_in(changed)
+            found = _frequencies(rotary, changed)
+            if len(found) and torch.allclose(found, old[choice.kept], 1e-5, 0):
+                choices.append(choice)
+    if not choices:
         raise TypeError(
             f"compress cannot narrow this {config.model_type} model: its rotary positions are scaled in a way that "
             "depends on the width of its heads. Its depth can be compressed alone: leave out head_dim and width_ratio."
         )
-    return thetas
-
-
-def set_theta(config: PretrainedConfig, theta: float) -> None:
-    """Set the base of the rotary frequencies, in place."""
-    parameters = getattr(config, "rope_parameters", None)
-    if parameters is not None:  # transformers 5
-        parameters["rope_theta"] = theta
-        return
-    config.rope_theta = theta
-    if hasattr(config, "rotary_emb_base"):  # GPT-NeoX, which makes rope_theta from it
-        config.rotary_emb_base = theta
+    return choices
 
 
 def _theta(config: PretrainedConfig) -> float:
     parameters = getattr(config, "rope_parameters", None)
     return config.rope_theta if parameters is None else parameters["rope_theta"]
+
+
+def _is_unscaled(config: PretrainedConfig) -> bool:
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    return scaling.get("rope_type", "default") == "default"
 
 
 def _frequencies(rotary: nn.Module, config: PretrainedConfig) -> Tensor:

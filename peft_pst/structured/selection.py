@@ -99,33 +99,32 @@ class ChannelSelection:
         """Of each feed-forward block the neurons, [kept], by what their values add to its output."""
         return {name: self._largest(self._energy(s.taker), kept) for name, s in self._neurons.items()}
 
-    def heads(self, kept: int, frequencies: int, turning: int, strides: Sequence[int]) -> tuple[dict[str, Heads], int]:
-        """Of each attention the channels that its heads keep, and every which frequency stays.
+    def heads(self, kept: int, frequencies: int, choices: Sequence[Tensor]) -> tuple[dict[str, Heads], int]:
+        """Of each attention the channels that its heads keep, and which of the choices is the best.
 
         Args:
             kept: how many channels of each head stay.
             frequencies: how many the rotary positions have, each for two channels; 0 if there are none.
-            turning: how many of them stay.
-            strides: every which of them may stay.
+            choices: which of the frequencies may stay, int64 each; none if there are no rotary positions.
         """
         products = {name: self._products(attention) for name, attention in self._attentions.items()}
-        stride, pairs = strides[0], torch.empty(0, 2, dtype=torch.int64)
-        if frequencies:
+        best, turned, turning = 0, torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+        if choices:
             pairs = turned_pairs(next(iter(self._attentions.values())).structure.owner, frequencies)
             total = self._random_or(torch.stack([scores[:, pairs].sum((0, 2)) for scores in products.values()]).sum(0))
-            stride = max(strides, key=lambda stride: float(total[::stride][:turning].sum()))
-        turned = pairs[::stride][:turning].flatten()
+            best = max(range(len(choices)), key=lambda index: float(total[choices[index]].sum()))
+            turning, turned = pairs.flatten(), pairs[choices[best]].flatten()
         heads = {}
         for name, attention in self._attentions.items():
             scores = products[name]
             if attention.norms:  # whose weights all heads share
                 scores = scores.sum(0, keepdim=True).expand_as(scores)
             free = scores.clone()
-            free[:, pairs.flatten()] = -1
+            free[:, turning] = -1
             resting = self._largest(free, kept - len(turned), shared=bool(attention.norms))
             queries = torch.cat([turned.expand(len(scores), -1), resting], 1).sort(1).values
             heads[name] = Heads(queries, self._largest(self._values(attention), kept))
-        return heads, stride
+        return heads, best
 
     def _readers(self, size: int) -> Iterator[nn.Module]:
         """The linear layers that read the residual stream."""
