@@ -22,9 +22,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from tqdm import tqdm
-from transformers import (
-    set_seed,
-)
+from transformers import set_seed
 
 from peft_pst import DistillationConfig, PSTConfig, calibrate, format_table
 
