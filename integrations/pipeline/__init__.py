@@ -1,4 +1,4 @@
-"""Training a transformers model in stages on several processes, with `torch.distributed.pipelining`, and planning it."""
+"""A transformers model in stages on several processes, with `torch.distributed.pipelining`, and the plan for more."""
 
 from .balance import balance
 from .cost import Cost, Costs, measure_costs
