@@ -1,17 +1,17 @@
-"""transformers.Trainer: the sparsity schedule as a callback, and training against a dense teacher."""
+"""transformers.Trainer: the sparsity schedule as a callback, and in a Trainer of its own."""
 
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from peft_pst.distillation import Distillation, DistillationConfig
-from peft_pst.labels import share_of_step
 from peft_pst.optimizer import MAX_FACTOR_LR, create_pst_optimizer, parameter_kinds
 from peft_pst.schedule import SparsityScheduler
+
+from .distilling import DistillingTrainer
 
 
 class PSTCallback(TrainerCallback):
@@ -80,17 +80,13 @@ def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
             return
 
 
-class PSTTrainer(Trainer):
+class PSTTrainer(DistillingTrainer):
     """A Trainer that follows the schedule of a `PSTConfig`, and may train against a dense teacher.
 
-    It brings its own `PSTCallback`, and what it logs beside the loss reaches every reporter: `sparsity`, and of the
-    distillation `task_loss` and each loss of the teacher by its name, such as `logits_loss`, unweighted, the mean over
-    the steps since the last log.
+    It brings its own `PSTCallback`, and logs `sparsity` beside the loss, so that it reaches every reporter.
 
     Args:
-        *args, **kwargs: those of `transformers.Trainer`.
-        distillation (`DistillationConfig`, *optional*): what the teacher adds to the loss of training. Under gradient
-            accumulation batches weigh by their labels, as in the task's loss. Evaluation reports that loss alone.
+        *args, **kwargs: those of `DistillingTrainer`, and so of `transformers.Trainer`.
         learning_rates (`Mapping[str, float]`, *optional*): those of `create_pst_optimizer` by their names, such as
             `{"lr": 3e-4, "head_lr": 1e-3}`. The Trainer makes that optimizer then, of the class that its arguments
             name and with their `learning_rate` for an `lr` that is not given. With FSDP and DeepSpeed this is the way,
@@ -103,7 +99,6 @@ class PSTTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
-        distillation: DistillationConfig | None = None,
         learning_rates: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -117,8 +112,6 @@ class PSTTrainer(Trainer):
         self._schedule = PSTCallback()
         self.pop_callback(PSTCallback)
         self.add_callback(self._schedule)
-        self._distillation = None if distillation is None else Distillation(self.model, distillation)
-        self._not_logged: list[tuple[int, dict[str, Tensor]]] = []  # the step of each batch, and its losses
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The optimizer, as in `Trainer`, with the learning rates that were given."""
@@ -128,49 +121,8 @@ class PSTTrainer(Trainer):
             self.optimizer = create_pst_optimizer(self.model, kind, **choices)
         return super().create_optimizer(*args)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The loss of a batch, as in `Trainer`; in training that of the teacher too."""
-        if self._distillation is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.accelerator.autocast():
-            taught = self._distillation.teach(inputs)  # before the student: its activations are gone by then
-        asked = self._distillation.request(inputs)
-        task, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
-        losses = self._distillation.losses(inputs, outputs, taught)
-        if not all(loss.requires_grad for loss in losses.values()):
-            raise ValueError(
-                f"{sorted(losses)} have no gradient: {type(self).__name__} does not take its loss from the logits "
-                "that the model returns, like TRL's SFTTrainer, whose head is fused. Make a subclass of it with "
-                "compute_loss = transformers.Trainer.compute_loss, and of that and PSTTrainer yours."
-            )
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            share = share_of_step(self.model, inputs["labels"], num_items_in_batch)
-            if self.args.average_tokens_across_devices:
-                share = share * self.accelerator.num_processes
-            losses, part = {name: share * loss for name, loss in losses.items()}, 1
-        else:
-            part = 1 / self.current_gradient_accumulation_steps  # which Trainer does to the loss after this
-        of_batch = {f"{name}_loss": part * loss.detach() for name, loss in {"task": task, **losses}.items()}
-        self._not_logged.append((self.state.global_step, of_batch))
-        loss = self._distillation.total(task, losses)
-        return (loss, outputs) if return_outputs else loss
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, as in `Trainer`, with the sparsity and the teacher's losses beside the loss."""
+        """Log, as in `Trainer`, with the sparsity beside the loss."""
         if "loss" in logs:
             logs.update(masks_now(self._schedule.scheduler))
-            logs.update(self._mean_losses())
         super().log(logs, *args, **kwargs)
-
-    def _mean_losses(self) -> Mapping[str, float]:
-        batches, self._not_logged = self._not_logged, []
-        steps = len({step for step, _ in batches})
-        names = batches[0][1] if batches else ()
-        sums = {name: torch.stack([losses[name] for _, losses in batches]).sum() for name in names}
-        return {name: self.accelerator.gather(total).mean().item() / steps for name, total in sums.items()}

@@ -6,19 +6,19 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import PeftModel
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from .labels import IGNORED, predicts_next, without_adapter
+from .losses import kl_divergence, last_hidden_state_loss, make_projection, select_channels, square_head
 from .sharded import is_sharded, reshard
 
 LOSSES = ("logits", "last_hidden_state", "hidden_states")
@@ -40,15 +40,20 @@ class DistillationConfig:
         logits (`float`):
             Weight of T² KL(teacher || student) of the softened predictions (Hinton et al., arXiv 1503.02531).
         last_hidden_state (`float`):
-            Weight of half the squared distance of the last hidden states (LightChatGLM).
+            Weight of half the squared distance of the last hidden states (LightChatGLM). That of a student which
+            `peft_pst.compress` made narrower is taken over the channels that it kept.
         hidden_states (`float`):
             Weight of SquareHead (arXiv 2310.06927): of each layer the squared distance of the hidden states, relative
             to the teacher's, and the mean over the layers.
         temperature (`float`):
             T, that logits are divided by.
+        projection (`bool`):
+            Whether the last hidden state goes through a linear layer to all channels of the teacher, and is compared
+            there. It is `Distillation.projection`, trains with the student, and is no part of it.
 
     Raises:
-        ValueError: if a weight is negative, all of the teacher's are zero, or the temperature is not positive.
+        ValueError: if a weight is negative, all of the teacher's are zero, the temperature is not positive, or there
+            is a projection and no weight for what it is of.
     """
 
     teacher: nn.Module | str | os.PathLike | None = None
@@ -57,6 +62,7 @@ class DistillationConfig:
     last_hidden_state: float = 0.0
     hidden_states: float = 0.0
     temperature: float = 2.0
+    projection: bool = False
 
     def __post_init__(self) -> None:
         for name in ("task", *LOSSES):
@@ -66,6 +72,26 @@ class DistillationConfig:
             raise ValueError(f"{', '.join(LOSSES)} are all 0, so that the teacher teaches nothing: give one a weight.")
         if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature}: expected more than 0; 1 leaves logits as they are.")
+        if self.projection and not self.last_hidden_state:
+            raise ValueError("projection=True is of the last hidden state: give last_hidden_state a weight.")
+
+    @classmethod
+    def hybrid(
+        cls, teacher: nn.Module | str | os.PathLike, lambda_: float = 0.65, **choices: Any
+    ) -> DistillationConfig:
+        """lambda · the teacher's soft labels + (1 - lambda) · the task's loss  (LightChatGLM).
+
+        Args:
+            teacher: as above, tuned on the task.
+            lambda_: the share of the soft labels, at temperature 1.
+            **choices: other arguments, such as `last_hidden_state`.
+
+        Raises:
+            ValueError: if lambda is not above 0 and at most 1.
+        """
+        if not 0 < lambda_ <= 1:
+            raise ValueError(f"lambda_={lambda_}: expected the share of the soft labels, above 0 and at most 1.")
+        return cls(teacher, task=1 - lambda_, logits=lambda_, temperature=1.0, **choices)
 
     @property
     def needs_hidden_states(self) -> bool:
@@ -76,8 +102,12 @@ class DistillationConfig:
 class Distillation:
     """The teacher of a model, and its losses.
 
+    Attributes:
+        projection (`nn.Linear` or `None`): [channels of the teacher, channels of the student], fp32. Its parameters
+            are for the optimizer, beside the student's.
+
     Args:
-        model: the student, with its adapter.
+        model: the student, with its adapter, or without one, such as what `peft_pst.compress` returns.
         config: what is distilled.
 
     Raises:
@@ -100,6 +130,12 @@ class Distillation:
                 _warn_of_the_head()
         if self._teacher is not None:
             self._teacher.eval()
+        own = without_adapter(model).config
+        self._channels = getattr(own, "compression", {}).get("channels")
+        self.projection = None
+        if config.projection:
+            width = own.hidden_size if self._teacher is None else without_adapter(self._teacher).config.hidden_size
+            self.projection = make_projection(own.hidden_size, width, self._channels).to(model.device)
 
     def request(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of the student, with what the losses need of its outputs."""
@@ -147,78 +183,19 @@ class Distillation:
             mask = _mask(self._student, inputs)
             states, expected = _hidden_states(student), _hidden_states(teacher)
             if config.last_hidden_state:
-                found["last_hidden_state"] = last_hidden_state_loss(states[-1], expected[-1], mask)
+                found["last_hidden_state"] = self._last_hidden_state(states[-1], expected[-1], mask)
             if config.hidden_states:
                 found["hidden_states"] = square_head(states, expected, mask)
         return found
 
+    def _last_hidden_state(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        if self.projection is not None:
+            student = self.projection(student.float())
+        return last_hidden_state_loss(student, select_channels(teacher, student.shape[-1], self._channels), mask)
+
     def total(self, task: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         """All of them together, weighted."""
         return self.config.task * task + sum(getattr(self.config, name) * loss for name, loss in losses.items())
-
-
-def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(teacher / T) || softmax(student / T)), the mean over rows.
-
-    Args:
-        student: logits [rows, classes]; so is `teacher`.
-
-    Raises:
-        ValueError: if the two have different shapes.
-    """
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"The student's logits have the shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
-            "expected a teacher with the same vocabulary or classes."
-        )
-    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-def last_hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1/2 · sum over channels of (student - teacher)², the mean over tokens  (LightChatGLM).
-
-    Args:
-        student: [..., channels]; so is `teacher`.
-        mask: bool [...], which tokens count; None for all.
-
-    Raises:
-        ValueError: if the two have different shapes.
-    """
-    student, teacher = _kept(student, teacher, mask)
-    return 0.5 * (student - teacher).square().sum(-1).mean()
-
-
-def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """mean((s - t)²) / mean(t²) of each layer's hidden states, the mean over layers  (SquareHead, arXiv 2310.06927).
-
-    Args:
-        student: of each layer [..., channels]; so is `teacher`.
-        mask: bool [...], which tokens count; None for all.
-
-    Raises:
-        ValueError: if the two have different numbers of layers, or shapes.
-    """
-    if len(student) != len(teacher):
-        raise ValueError(
-            f"The student has {len(student)} hidden states, the teacher {len(teacher)}: expected a teacher of as many "
-            "layers."
-        )
-    losses = []
-    for own, expected in zip(student, teacher, strict=True):
-        own, expected = _kept(own, expected, mask)
-        losses.append((own - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
-    return torch.stack(losses).mean()
-
-
-def _kept(student: Tensor, teacher: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    if student.shape != teacher.shape:
-        raise ValueError(
-            f"A hidden state of the student has the shape {tuple(student.shape)}, the teacher's "
-            f"{tuple(teacher.shape)}: expected a teacher of the same width."
-        )
-    student, teacher = student.float(), teacher.float()
-    return (student, teacher) if mask is None else (student[mask], teacher[mask])
 
 
 def _predictions(model: nn.Module, inputs: Mapping[str, Any], output: ModelOutput) -> Tensor:
