@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--teacher", help="hub id or folder; by default SmolLM2-135M-Instruct from its PyPI package")
     parser.add_argument("--data-dir", type=Path, help="by default the terms beside this script")
     parser.add_argument("--output", type=Path, default=Path("outputs/light"))
-    parser.add_argument("--num-layers", type=int, default=20, help="of the smaller model; SmolLM2-135M has 30")
-    parser.add_argument("--head-dim", type=int, default=56, help="of the smaller model; SmolLM2-135M has 64")
+    parser.add_argument("--num-layers", type=int, default=19, help="of the smaller model; SmolLM2-135M has 30")
+    parser.add_argument("--head-dim", type=int, default=60, help="of the smaller model; SmolLM2-135M has 64")
     parser.add_argument("--sparsity", type=float, default=0.5, help="of what PST prunes in the end")
     parser.add_argument("--steps", type=int, default=100, help="of each of the three trainings")
     parser.add_argument("--batch-size", type=int, default=24)
@@ -176,7 +176,11 @@ def main() -> None:
     note("teacher, tuned", teacher, "teacher")
 
     student = compress(
-        teacher, num_layers=args.num_layers, head_dim=args.head_dim, calibration=by_length(data["train"])
+        teacher,
+        num_layers=args.num_layers,
+        head_dim=args.head_dim,
+        layers="importance",
+        calibration=by_length(data["train"]),
     )
     note("compressed", student)
     # the kept channels of the last hidden state, the teacher's soft labels, and the labels of the data

@@ -131,11 +131,14 @@ class Distillation:
         if self._teacher is not None:
             self._teacher.eval()
         own = without_adapter(model).config
-        self._channels = getattr(own, "compression", {}).get("channels")
+        wider = own if self._teacher is None else without_adapter(self._teacher).config
+        compression = getattr(own, "compression", {})
+        self._channels = compression.get("channels")
+        if self._channels and compression["hidden_size"] != wider.hidden_size:
+            self._channels = None  # they are of another teacher
         self.projection = None
         if config.projection:
-            width = own.hidden_size if self._teacher is None else without_adapter(self._teacher).config.hidden_size
-            self.projection = make_projection(own.hidden_size, width, self._channels).to(model.device)
+            self.projection = make_projection(own.hidden_size, wider.hidden_size, self._channels).to(model.device)
 
     def request(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """The inputs of the student, with what the losses need of its outputs."""

@@ -83,21 +83,6 @@ class PSTModel(BaseTuner):
             charges.append(layer.active_config.penalty * importance.penalty(*map(gathered, gates)))
         return sum(charge.to(charges[0].device) for charge in charges) / sum(layer.shape.numel() for layer in layers)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's output; in training its loss, if it has one, holds the penalty too."""
-        if self.training and kwargs.get("fused_lm_head") and any(c.penalty for c in self.peft_config.values()):
-            raise ValueError(
-                "TRL's SFTTrainer takes its loss from a fused head and not from the model, whose loss has the penalty "
-                "of this adapter in it: make a subclass with compute_loss = transformers.Trainer.compute_loss."
-            )
-        output = super().forward(*args, **kwargs)
-        if self.training and isinstance(getattr(output, "loss", None), Tensor):
-            penalty = self.penalty()
-            if "num_items_in_batch" in kwargs:  # one of several batches of a step
-                penalty = penalty * share_of_step(self.model, kwargs["labels"], kwargs["num_items_in_batch"])
-            output.loss = output.loss + penalty
-        return output
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter to the target modules, as in PEFT, and prune them to its initial sparsity."""
         check_launch()
@@ -106,11 +91,30 @@ class PSTModel(BaseTuner):
         if config.pattern in COUPLED:
             self._couplings = find_couplings(model, config.pattern, config.coupled_modules)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if not hasattr(self, "_hook"):
+            # PEFT calls the model past this class where the config has no task_type, and so does transformers
+            self._hook = model.register_forward_hook(self._charge_penalty, with_kwargs=True)
         if config.selects_at_start and config.initial_sparsity > 0:
             layers = [m for m in model.modules() if isinstance(m, PSTLayer) and adapter_name in m.pst_config]
             # on the meta device they wait for a checkpoint, which brings its masks
             if not any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
                 set_sparsity(layers, config.initial_sparsity, adapter_name)
+
+    def _charge_penalty(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
+        """After the model's forward: in training its loss, if it has one, holds the penalty too."""
+        if model is not self.model or not model.training:  # a stage of a pipeline is a copy, and charges its own part
+            return output
+        if kwargs.get("fused_lm_head") and any(config.penalty for config in self.peft_config.values()):
+            raise ValueError(
+                "TRL's SFTTrainer takes its loss from a fused head and not from the model, whose loss has the penalty "
+                "of this adapter in it: make a subclass with compute_loss = transformers.Trainer.compute_loss."
+            )
+        if isinstance(getattr(output, "loss", None), Tensor):
+            penalty = self.penalty()
+            if "num_items_in_batch" in kwargs:  # one of several batches of a step
+                penalty = penalty * share_of_step(model, kwargs["labels"], kwargs["num_items_in_batch"])
+            output.loss = output.loss + penalty
+        return output
 
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
         if peft_config.target_modules is None and peft_config.coupled_modules is not None:
@@ -153,6 +157,7 @@ class PSTModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        self._hook.remove()
         if merge:
             make_dense(model)
         describe_boosts(model)  # layers that were merged before stay so

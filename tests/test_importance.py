@@ -147,9 +147,10 @@ def test_the_mean_of_many_gates_is_near_their_gate_in_evaluation():
 # Penalties.
 
 
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
 @pytest.mark.parametrize("importance", ["soft_movement", "l0"])
-def test_the_penalty_is_in_the_loss_of_a_training_step(importance, bert, tokens):
-    model = get_peft_model(bert(), config(importance, "full", task_type="SEQ_CLS", penalty=3.0))
+def test_the_penalty_is_in_the_loss_of_a_training_step(importance, task_type, bert, tokens):
+    model = get_peft_model(bert(), config(importance, "full", task_type=task_type, penalty=3.0))
     labels = torch.tensor([0, 1])
     torch.manual_seed(5)
     output = model.train()(input_ids=tokens, labels=labels)
@@ -166,6 +167,15 @@ def test_the_penalty_is_in_the_loss_of_a_training_step(importance, bert, tokens)
     assert all(getattr(layer, score)["default"].grad.abs().sum() > 0 for layer in layers)
     output = model.eval()(input_ids=tokens, labels=labels)
     torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, labels))
+    merged = model.merge_and_unload().train()
+    assert not merged._forward_hooks
+
+
+def test_a_penalty_counts_without_peft_model_too(bert, tokens):
+    model = bert()
+    model.add_adapter(config("l0", "full", penalty=3.0))
+    output = model.train()(input_ids=tokens, labels=torch.tensor([0, 1]))
+    assert output.loss > nn.functional.cross_entropy(output.logits, torch.tensor([0, 1])) + 0.5
 
 
 def test_without_a_penalty_nothing_is_charged(bert):

@@ -93,9 +93,9 @@ def test_other_starts_of_a_projection():
     before = torch.get_rng_state()
     first, second = make_projection(24, 32, None), make_projection(24, 32, None)
     assert torch.equal(first.weight, second.weight) and torch.equal(torch.get_rng_state(), before)
-    assert float(first.weight.std()) == pytest.approx(24**-0.5, rel=0.1)
+    assert float(first.weight.detach().std()) == pytest.approx(24**-0.5, rel=0.1)
     # a student that PST prunes after compression, with its dense self as the teacher
-    assert torch.equal(make_projection(24, 24, [0, 31, *range(2, 24)]).weight, torch.eye(24))
+    assert torch.equal(make_projection(24, 24, None).weight, torch.eye(24))
 
 
 def test_a_compressed_teacher_of_the_same_width(teacher, inputs):
@@ -112,9 +112,11 @@ def test_refused(teacher, inputs):
     with pytest.raises(ValueError, match="have 24 channels, the teacher's 32, and the student's config does not say"):
         losses(stranger, teacher, inputs)
     assert losses(stranger, teacher, inputs, projection=True)[1] > 0
-    for channels in ([0, 1, 40], [0, 1]):
-        with pytest.raises(ValueError, match=r"use DistillationConfig\(projection=True\)"):
-            select_channels(torch.zeros(2, 32), 3, channels)
+    with pytest.raises(ValueError, match=r"use DistillationConfig\(projection=True\)"):
+        select_channels(torch.zeros(2, 32), 3, None)
+    of_another = compress(compress(teacher, head_dim=6), head_dim=4)
+    with pytest.raises(ValueError, match="have 16 channels, the teacher's 32, and the student's config does not say"):
+        losses(of_another, teacher, inputs)
     with pytest.raises(ValueError, match="expected a teacher of the same width"):
         last_hidden_state_loss(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="projection=True is of the last hidden state: give last_hidden_state a wei"):

@@ -70,7 +70,8 @@ def compress(
 
     Returns:
         A model of the same class, dtype and device, with tensors of its own. `config.compression` says what of the
-        larger model it has: `"layers"`, and `"channels"` of the residual stream if that is narrower.
+        larger model it has: `"layers"`, and if it is narrower `"channels"` of the residual stream, and the
+        `"hidden_size"` that they are of.
 
     Raises:
         TypeError: if it is no model of transformers, of a kind that is not known, or its weights are quantized or
@@ -98,7 +99,7 @@ def compress(
         kept = _narrow(model, anatomy, config, selection, kept, head_dim)
     config.compression = {"layers": kept.layers}
     if kept.hidden is not None:
-        config.compression["channels"] = kept.hidden.tolist()
+        config.compression |= {"channels": kept.hidden.tolist(), "hidden_size": model.config.hidden_size}
     return _build(model, anatomy, config, kept)
 
 
