@@ -9,7 +9,6 @@ HybridTrainer(student, arguments, train_dataset=data, distillation=taught, ...).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from math import exp
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,7 +22,7 @@ from peft_pst.labels import IGNORED, predicts_next
 from peft_pst.report.tables import format_table
 
 from .distilling import DistillingTrainer
-from .trainer import PSTTrainer
+from .trainer import PSTTrainer, check_no_penalty
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -180,7 +179,15 @@ class HybridTrainer(DistillingTrainer):
 
 
 class HybridPSTTrainer(HybridTrainer, PSTTrainer):
-    """A `PSTTrainer` for the mixed data of two languages."""
+    """A `PSTTrainer` for the mixed data of two languages.
+
+    Raises:
+        ValueError: as `HybridTrainer` and `PSTTrainer` do, or if the adapter has a penalty.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        check_no_penalty(self.model, "HybridTrainer's loss")
 
 
 class LanguageCallback(TrainerCallback):
@@ -254,7 +261,8 @@ def evaluate_languages(
     model.train(was_training)
     found = {}
     for name, (loss, right, count) in zip(names, sums.tolist(), strict=True):
-        found[name] = {"loss": loss / count, "perplexity": exp(loss / count), "accuracy": right / count}
+        perplexity = torch.tensor(loss / count).exp().item()  # inf of a model that has diverged
+        found[name] = {"loss": loss / count, "perplexity": perplexity, "accuracy": right / count}
     return found
 
 

@@ -80,6 +80,16 @@ def _check_learning_rate(model: nn.Module, optimizer: Any) -> None:
             return
 
 
+def check_no_penalty(model: nn.Module, cause: str) -> None:
+    """Raise ValueError if an adapter has a penalty, which is part of the loss that the model returns."""
+    penalties = [getattr(config, "penalty", 0) for config in getattr(model, "peft_config", {}).values()]
+    if any(penalties):
+        raise ValueError(
+            f"The adapter has penalty={max(penalties)}, which is part of the loss that the model returns, but with "
+            f"{cause} the training has another loss and it would not count: set penalty=0 or leave that out."
+        )
+
+
 class PSTTrainer(DistillingTrainer):
     """A Trainer that follows the schedule of a `PSTConfig`, and may train against a dense teacher.
 
@@ -93,7 +103,8 @@ class PSTTrainer(DistillingTrainer):
             since there the Trainer takes no `optimizers`.
 
     Raises:
-        ValueError: if `learning_rates` and an optimizer are given, or the teacher does not fit the model.
+        ValueError: if `learning_rates` and an optimizer are given, the teacher does not fit the model, or the adapter
+            has a penalty that would not count.
     """
 
     def __init__(
@@ -108,6 +119,11 @@ class PSTTrainer(DistillingTrainer):
                 f"learning_rates={dict(learning_rates)} are for the optimizer that the Trainer makes, but it was "
                 "given one: leave out one of the two."
             )
+        if self.compute_loss_func is not None or self.args.label_smoothing_factor:
+            check_no_penalty(self.model, "compute_loss_func or label smoothing")
+        distillation = kwargs.get("distillation")
+        if distillation is not None and distillation.task == 0:
+            check_no_penalty(self.model, "DistillationConfig(task=0)")
         self._learning_rates = learning_rates
         self._schedule = PSTCallback()
         self.pop_callback(PSTCallback)

@@ -112,7 +112,7 @@ def shares_position_bias(modules: Mapping[str, nn.Module], name: str) -> bool:
         modules: those of the model by their names.
         name: the attention's.
     """
-    first = modules[first_block(name)]
+    first = modules.get(first_block(name))
     if not getattr(first, SHARES, False):
         return False
     blocks = (module for other, module in modules.items() if first_block(other) == first_block(name))

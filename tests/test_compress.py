@@ -10,21 +10,26 @@ from peft import get_peft_model
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
 )
 
-from peft_pst import PSTConfig, compress
+from peft_pst import PSTConfig, compress, shrink
 
 SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "pad_token_id": 0}
 GROUPED = {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": 1}
 EACH = {**SIZES, "num_attention_heads": 4}
 CAUSAL = AutoModelForCausalLM
 GPT2 = {"vocab_size": 99, "n_embd": 64, "n_layer": 4, "n_head": 4, "bos_token_id": 1, "eos_token_id": 1}
+BIASED = {**GROUPED, "attention_bias": True}
 MODELS = {
     "bert": (AutoModelForSequenceClassification, EACH),
-    "glm": (CAUSAL, GROUPED),
+    "camembert": (AutoModelForSequenceClassification, EACH),
+    "glm": (CAUSAL, BIASED),
+    "glm4": (CAUSAL, BIASED),
+    "granite": (CAUSAL, {**GROUPED, "attention_multiplier": 0.3, "residual_multiplier": 0.5}),
     "gpt2": (CAUSAL, GPT2),
     "gpt_neox": (CAUSAL, {**EACH, "rotary_pct": 0.5, "use_parallel_residual": False}),
     "llama": (CAUSAL, {**GROUPED, "tie_word_embeddings": True}),
@@ -32,8 +37,10 @@ MODELS = {
     "qwen2": (CAUSAL, {**GROUPED, "max_window_layers": 2}),
     "qwen3": (CAUSAL, GROUPED),
     "roberta": (AutoModelForSequenceClassification, EACH),
+    "smollm3": (CAUSAL, GROUPED),
+    "xlm-roberta": (AutoModelForSequenceClassification, EACH),
 }
-RMS = ["glm", "llama", "mistral", "qwen2", "qwen3"]
+RMS = ["glm", "glm4", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3"]
 TRANSFORMERS_4 = transformers.__version__.startswith("4.")
 TOKENS = torch.arange(2, 26).view(2, 12)
 MASK = torch.ones_like(TOKENS)
@@ -67,7 +74,7 @@ NAMES = {
     "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h", "attention.query_key_value attention.query_key_value"),
     "llama": ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj self_attn.k_proj"),
 }
-NAMES["roberta"] = NAMES["bert"]
+NAMES |= dict.fromkeys(("camembert", "roberta", "xlm-roberta"), NAMES["bert"])
 
 
 class Block:
@@ -165,7 +172,7 @@ def without_means(model, kept):
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             centre(module.weight.data, 1)
-        if isinstance(module, nn.LayerNorm) and model.config.model_type in ("bert", "roberta"):
+        if isinstance(module, nn.LayerNorm) and NAMES.get(model.config.model_type) is NAMES["bert"]:
             module.weight.data.fill_(1.3)
             centre(module.bias.data, 0)
     for index in range(model.config.num_hidden_layers):
@@ -328,18 +335,56 @@ def test_bad_choices(choices, message):
         compress(fresh("llama"), **choices)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scales_that_follow_the_place_of_a_layer(attention):
+    changes = {"scale_attn_by_inverse_layer_idx": True, "attn_implementation": attention}
+    model = fresh("gpt2", **changes)
+    smaller = compress(model, layers=[1, 3])
+    whole = copy.deepcopy(model)
+    kept = [layer for index, layer in enumerate(whole.transformer.h) if index in (1, 3)]
+    whole.transformer.h, whole.config.use_cache = nn.ModuleList(kept), False
+    assert_equal_outputs(smaller, whole)
+
+
+def test_compressed_twice_it_says_what_it_has_of_the_first():
+    model = fresh("llama")
+    first = compress(model, num_layers=3, head_dim=12)
+    second = compress(compress(first, layers=[0, 2]), head_dim=8)
+    before, after = first.config.compression, second.config.compression
+    assert after["layers"] == [before["layers"][0], before["layers"][2]] and after["hidden_size"] == 64
+    embedding, small = model.model.embed_tokens.weight, second.model.embed_tokens.weight
+    assert torch.equal(embedding[:, after["channels"]], small)
+
+
+def test_layers_of_different_widths_are_refused():
+    model = fresh("bert")
+    for linear in (Block(model, 0).attended,):
+        weight(linear)[:, :16] = 0
+    with pytest.warns(UserWarning, match="cannot say how many"):
+        model = shrink(model)
+    with pytest.raises(ValueError, match="differ in width.*compress first"):
+        compress(model, num_layers=2)
+
+
 def test_what_is_not_known_is_refused():
     torch.manual_seed(0)
     t5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
     with pytest.raises(TypeError, match="one stack of transformer layers"):
         compress(AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model("t5", **t5)), num_layers=1)
     phi = CAUSAL.from_config(AutoConfig.for_model("phi3", **GROUPED))
-    with pytest.raises(TypeError, match="does not know the attention of layer 0.*leave out head_dim"):
+    with pytest.raises(TypeError, match="cannot narrow a model of the type 'phi3'.*leave out head_dim"):
         compress(phi, head_dim=8)
     assert len(layers_of(compress(phi, num_layers=2))) == 2
-    gemma = CAUSAL.from_config(AutoConfig.for_model("gemma", **GROUPED))
-    with pytest.raises(TypeError, match="scales its embedding by its width"):
-        compress(gemma, head_dim=8)
+    neo = {"vocab_size": 99, "hidden_size": 64, "num_layers": 4, "num_heads": 4}
+    neo = CAUSAL.from_config(AutoConfig.for_model("gpt_neo", attention_types=[[["global", "local"], 2]], **neo))
+    with pytest.raises(TypeError, match="cannot leave out layers of a model of the type 'gpt_neo'"):
+        compress(neo, num_layers=2)
+    encoder = AutoModel.from_config(AutoConfig.for_model("modernbert", **EACH, global_attn_every_n_layers=2))
+    with pytest.raises(
+        TypeError, match="cannot leave out layers" if TRANSFORMERS_4 else "layers are of several kinds"
+    ):
+        compress(encoder, layers=[2, 3])
+    assert len(layers_of(compress(encoder))) == 4
     scaled = {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     key = "rope_scaling" if TRANSFORMERS_4 else "rope_parameters"
     model = fresh("llama", **{key: {**scaled, "rope_theta": 1e4, "original_max_position_embeddings": 512}})

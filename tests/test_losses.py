@@ -114,9 +114,11 @@ def test_refused(teacher, inputs):
     assert losses(stranger, teacher, inputs, projection=True)[1] > 0
     with pytest.raises(ValueError, match=r"use DistillationConfig\(projection=True\)"):
         select_channels(torch.zeros(2, 32), 3, None)
-    of_another = compress(compress(teacher, head_dim=6), head_dim=4)
-    with pytest.raises(ValueError, match="have 16 channels, the teacher's 32, and the student's config does not say"):
-        losses(of_another, teacher, inputs)
+    middle = compress(teacher, head_dim=6)
+    student = compress(middle, head_dim=4)
+    assert losses(student, teacher, inputs)[1] > 0
+    with pytest.raises(ValueError, match="have 16 channels, the teacher's 24, and the student's config does not say"):
+        losses(student, middle, inputs)
     with pytest.raises(ValueError, match="expected a teacher of the same width"):
         last_hidden_state_loss(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="projection=True is of the last hidden state: give last_hidden_state a wei"):

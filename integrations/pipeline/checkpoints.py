@@ -117,7 +117,8 @@ def resume(pipeline: Pipeline, folder: Path, optimizer: Optimizer) -> int:
             _check_parameter(folder, name, parameter, state.get(name, {}).pop(FINGERPRINT, None))
     state_dict["state"] = {index: state[name] for index, name in names.items() if state.get(name)}
     for group in state_dict["param_groups"]:
-        group |= options.get(names[group["params"][0]], {})
+        if group["params"]:  # all of a group may lie on another stage
+            group |= options.get(names[group["params"][0]], {})
     optimizer.load_state_dict(state_dict)
     return notes["step"]
 

@@ -107,7 +107,7 @@ def main() -> None:
     print(table(simulations))
     if impossible:
         print("\nNot possible:\n" + "\n".join(impossible))
-    if args.figure:
+    if args.figure and simulations:
         plot_timeline(simulations[-1], args.figure)
 
 

@@ -135,7 +135,7 @@ class Stage(nn.Module):
 
 def call(model: PreTrainedModel, **inputs: Tensor) -> Any:
     """The output of a model that keeps no keys and values for a next token."""
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if "use_cache" in inspect.signature(without_adapter(model).forward).parameters:
         inputs["use_cache"] = False
     return model(**inputs, return_dict=True)
 

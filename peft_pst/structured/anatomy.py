@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -40,9 +39,8 @@ class Attention(NamedTuple):
     def norms(self) -> list[tuple[str, nn.Module]]:
         """The norms over the channels of a query or key, by their names in the attention."""
         children = self.structure.owner.named_children()
-        return [
-            (name, m) for name, m in children if tuple(getattr(m, "weight", torch.empty(0)).shape) == (self.head_dim,)
-        ]
+        weights = ((name, module, getattr(module, "weight", None)) for name, module in children)
+        return [(name, m) for name, m, w in weights if isinstance(w, Tensor) and w.shape == (self.head_dim,)]
 
     def scale(self) -> float:
         """What the attention multiplies the products of queries and keys by."""
@@ -50,9 +48,12 @@ class Attention(NamedTuple):
         known = [value for name in SCALES if isinstance(value := getattr(owner, name, None), float)]
         if known:
             return known[0]
-        # GPT-2 in transformers 4, and classes that leave it to scaled_dot_product_attention
-        scale = self.head_dim**-0.5 if getattr(owner, "scale_attn_weights", True) else 1.0
-        return scale / (owner.layer_idx + 1) if getattr(owner, "scale_attn_by_inverse_layer_idx", False) else scale
+        scale = self.head_dim**-0.5
+        if hasattr(owner, "scale_attn_weights") and owner.config._attn_implementation == "eager":
+            # GPT-2 in transformers 4; its other implementations know neither
+            scale = scale if owner.scale_attn_weights else 1.0
+            scale = scale / (owner.layer_idx + 1) if owner.scale_attn_by_inverse_layer_idx else scale
+        return scale
 
 
 class Anatomy(NamedTuple):
@@ -91,6 +92,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """
     count = getattr(model.config, "num_hidden_layers", None)
     lists = [name for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    lists = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     if len(lists) != 1 or model.config.is_encoder_decoder:
         raise TypeError(
             f"compress does not know the layers of {type(model).__name__}: expected one stack of transformer layers, "

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from transformers import PretrainedConfig, PreTrainedModel
 
+from ..sparse.quantizer import widths_in
 from .anatomy import Anatomy, find_anatomy
 from .checks import check_dense
 from .measuring import measure
@@ -17,9 +19,16 @@ from .rotary import frequency_choices, rotary_of
 from .selection import CHANNELS, LAYERS, ChannelSelection, Kept, choose_layers
 from .slicing import cut
 
+NARROWED = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "granite", "glm", "glm4", "gpt2", "gpt_neox"),
+    *("bert", "roberta", "xlm-roberta", "camembert"),
+)
+"""Only what is tested: others may scale, norm or share their channels in ways that tensors do not show."""
 EPS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
 OF_LAYERS = ("layer_types", "no_rope_layers")
 """Entries of configs that are lists with one entry for each layer."""
+KINDS = ("attention_layers", "global_attn_every_n_layers")
+"""Entries that say otherwise which layer is of which kind."""
 
 
 def compress(
@@ -48,7 +57,8 @@ def compress(
 
     Args:
         model (`PreTrainedModel`):
-            A model with one stack of layers, such as Llama, GLM, GPT-2 or BERT. It stays as it is.
+            A model with one stack of layers. Its width can shrink if it is one of Llama, Mistral, Qwen 2 and 3,
+            SmolLM3, Granite, GLM, GPT-2, GPT-NeoX, BERT and RoBERTa. It stays as it is.
         num_layers (`int`, *optional*):
             How many layers stay; by default all, or as many as `layers` names.
         head_dim (`int`, *optional*):
@@ -69,17 +79,22 @@ def compress(
             Of what is chosen at random.
 
     Returns:
-        A model of the same class, dtype and device, with tensors of its own. `config.compression` says what of the
-        larger model it has: `"layers"`, and if it is narrower `"channels"` of the residual stream, and the
-        `"hidden_size"` that they are of.
+        A model of the same class, dtype and device, with tensors of its own that train. `config.compression` says
+        what of the larger model it has: `"layers"`, and if it is narrower `"channels"` of the residual stream, and the
+        `"hidden_size"` that they are of. Of a model that was compressed before this is about the first one.
 
     Raises:
         TypeError: if it is no model of transformers, of a kind that is not known, or its weights are quantized or
             distributed.
-        ValueError: if a size is impossible, an adapter is not merged yet, weights are stored sparse, or there is no
-            calibration batch.
+        ValueError: if a size is impossible, an adapter is not merged yet, weights are stored sparse, layers differ in
+            width after a shrink, or there is no calibration batch.
     """
     check_dense(model, "compress")
+    if any(widths_in(model.config)):
+        raise ValueError(
+            f"The layers of this {type(model).__name__} differ in width, since shrink has made it smaller: compress "
+            "first, and prune and shrink what comes out."
+        )
     anatomy = find_anatomy(model)
     count = model.config.num_hidden_layers
     num_layers = _check_depth(layers, num_layers, count)
@@ -97,10 +112,21 @@ def compress(
         source = measured if channels == "importance" else None
         selection = ChannelSelection(model, anatomy, source, kept.layers, generator)
         kept = _narrow(model, anatomy, config, selection, kept, head_dim)
-    config.compression = {"layers": kept.layers}
-    if kept.hidden is not None:
-        config.compression |= {"channels": kept.hidden.tolist(), "hidden_size": model.config.hidden_size}
+    config.compression = _origin(model.config, kept)
     return _build(model, anatomy, config, kept)
+
+
+def _origin(config: PretrainedConfig, kept: Kept) -> dict[str, Any]:
+    """What of the first model is kept, if the one of this config was compressed before."""
+    origin = dict(getattr(config, "compression", {}))
+    before = origin.get("layers")
+    origin["layers"] = [before[layer] for layer in kept.layers] if before else kept.layers
+    if kept.hidden is not None:
+        before = origin.get("channels")
+        channels = kept.hidden.tolist()
+        origin["channels"] = [before[channel] for channel in channels] if before else channels
+        origin.setdefault("hidden_size", config.hidden_size)
+    return origin
 
 
 def _check_depth(layers: str | Sequence[int], num_layers: int | None, count: int) -> int:
@@ -130,6 +156,11 @@ def _check_width(
         return None
     if head_dim is not None and width_ratio is not None:
         raise ValueError(f"head_dim={head_dim} and width_ratio={width_ratio} say the same: leave out one of them.")
+    if model.config.model_type not in NARROWED:
+        raise TypeError(
+            f"compress cannot narrow a model of the type {model.config.model_type!r}: expected one of "
+            f"{', '.join(NARROWED)}. Its depth can be compressed alone: leave out head_dim and width_ratio."
+        )
     anatomy.check(model)
     size = next(iter(anatomy.attentions.values())).head_dim
     hidden, rotary = model.config.hidden_size, rotary_of(model)
@@ -144,15 +175,16 @@ def _check_width(
             f"head_dim={head_dim}: the model has {size}, and of fewer, the hidden size and pairs that rotary "
             f"positions turn stay whole with {', '.join(map(str, possible))}."
         )
-    if "gemma" in model.config.model_type or getattr(model.config, "scale_embedding", False):
-        raise TypeError(
-            f"compress cannot narrow {type(model).__name__}: it scales its embedding by its width. Its depth can be "
-            "compressed alone: leave out head_dim and width_ratio."
-        )
     return None if head_dim == size else head_dim
 
 
 def _set_depth(config: PretrainedConfig, layers: Sequence[int], count: int) -> None:
+    kinds = next((key for key in KINDS if hasattr(config, key) and not getattr(config, "layer_types", None)), None)
+    if kinds and len(layers) < count:
+        raise TypeError(
+            f"compress cannot leave out layers of a model of the type {config.model_type!r}: of which kind each is "
+            f"follows from its place ({kinds} in its config), and those that stay would change theirs."
+        )
     config.num_hidden_layers = len(layers)
     for key in OF_LAYERS:
         entries = getattr(config, key, None)
@@ -193,7 +225,7 @@ def _narrow(
 
 
 def _build(model: PreTrainedModel, anatomy: Anatomy, config: PretrainedConfig, kept: Kept) -> PreTrainedModel:
-    with torch.device("meta"):
+    with init_empty_weights():
         smaller = type(model)(config)
     tensors = cut(model, anatomy, smaller, find_anatomy(smaller), kept)
     name = model.config.name_or_path

@@ -32,7 +32,7 @@ def cut(
             known.
     """
     indices, scales = _indices(anatomy, kept), _scales(anatomy, to, kept)
-    tensors, found = model.state_dict(), {}
+    tensors, found, taken = model.state_dict(), {}, set()
     hidden, narrower = model.config.hidden_size, smaller.config.hidden_size
     for name, like in smaller.state_dict().items():
         layer = to.layer_of(name)
@@ -41,8 +41,10 @@ def cut(
             old = name.replace(f"{to.layers}.{layer}.", f"{anatomy.layers}.{kept.layers[layer]}.", 1)
         if old not in tensors:
             raise TypeError(
-                f"compress does not know {type(model).__name__}: without some channels it also has {name!r}."
+                f"compress cannot make this {type(model).__name__}: layers are of several kinds, and {name!r} of the "
+                f"smaller one would come from {old!r}, which is not there. Name other layers to stay."
             )
+        taken.add(old)
         tensor = tensors[old].detach()
         shape = tuple(tensor.shape)
         for dim, (before, after) in enumerate(zip(shape, like.shape, strict=True)):
@@ -62,6 +64,12 @@ def cut(
         elif kept.hidden is not None and shape == (hidden,) and _is_norm(model, old):
             tensor = _scaled(tensor, torch.tensor(math.sqrt(hidden / narrower), dtype=torch.float64))
         found[name] = tensor.clone()
+    left = [name for name in tensors if anatomy.layer_of(name) in kept.layers and name not in taken]
+    if left:
+        raise TypeError(
+            f"compress cannot make this {type(model).__name__}: layers are of several kinds, and the place of the "
+            f"layer that has {left[0]!r} in the smaller one is for a layer without it. Name other layers to stay."
+        )
     return found
 
 

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from peft_pst import DistillationConfig, PSTConfig
+from peft_pst.integrations import PSTTrainer
 from peft_pst.integrations.hybrid import (
     HybridPSTTrainer,
     HybridTrainer,
@@ -290,3 +291,14 @@ def test_refused_shares_and_losses(tmp_path):
     for settings, choices in ((smooth, {}), (arguments(tmp_path), {"compute_loss_func": lambda *_, **__: None})):
         with pytest.raises(ValueError, match="leave out compute_loss_func and label smoothing"):
             HybridTrainer(llama(), settings, train_dataset=mixed(), **choices)
+
+
+def test_a_penalty_that_would_not_count_is_refused(tmp_path, tokenizer):
+    model = get_peft_model(llama(), PSTConfig(importance="l0", update="full", penalty=3.0))
+    with pytest.raises(ValueError, match="penalty=3.0, which is part of the loss .* HybridTrainer's loss"):
+        train(tmp_path, tokenizer, model, trainer_class=HybridPSTTrainer)
+    with pytest.raises(ValueError, match="penalty=3.0, .* compute_loss_func or label smoothing"):
+        PSTTrainer(model, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True))
+    taught = DistillationConfig(llama(), task=0)
+    with pytest.raises(ValueError, match=r"penalty=3.0, .* DistillationConfig\(task=0\)"):
+        PSTTrainer(model, TrainingArguments(str(tmp_path), use_cpu=True), distillation=taught)
