@@ -116,6 +116,7 @@ def test_the_frozen_weight_is_never_written_to():
 def test_gates_are_drawn_anew_in_each_step_and_are_the_same_in_backward():
     net = get_peft_model(nn.Sequential(nn.Linear(K, N)), config("l0", target_modules=["0"]))
     x = torch.randn(3, K)
+    assert all(module.training for module in net.modules())
     assert not torch.equal(net(x), net(x))
     net.eval()
     with torch.no_grad():
