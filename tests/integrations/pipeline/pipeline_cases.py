@@ -10,15 +10,16 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
 
 from peft_pst import PSTConfig, PSTLayer, SparsityScheduler, create_pst_optimizer
-from peft_pst.importance import L0
 
 STEPS, ROWS, CLIP = 10, 8, 1.0
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
 LLAMA = {**SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "tie_word_embeddings": True, "pad_token_id": 0}
 DROPOUT = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "hidden_dropout_prob", "attention_probs_dropout_prob")
 
-# random gates would be others in each forward pass, and there are as many of these as micro-batches
-L0.draw_seed = lambda self: torch.tensor(7)
+
+def fixed_seed(self):
+    """For L0: random gates would be others in each forward pass, and there are as many of these as micro-batches."""
+    return torch.tensor(7)
 
 
 def make_model(kind, dropout=0.0, **sizes):

@@ -2,8 +2,10 @@ import json
 
 import pytest
 import torch
-from pipeline_cases import loss_of, make_batches, open_batches, open_model, train_alone, write_case
+from pipeline_cases import fixed_seed, loss_of, make_batches, open_batches, open_model, train_alone, write_case
 from safetensors.torch import load_file
+
+from peft_pst.importance import L0
 
 PST = {"sparsity": 0.6}
 KEPT = {"sparsity": 0.5, "importance": "magnitude", "update": "full", "mask_interval": 2}
@@ -19,6 +21,11 @@ CASES = {
     "pst-kept": ("bert", KEPT, ["interleaved"]),
     "pst-gates": ("gpt2", GATES, ["1f1b"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def fixed_gates(monkeypatch):
+    monkeypatch.setattr(L0, "draw_seed", fixed_seed)
 
 
 @pytest.fixture(scope="module")

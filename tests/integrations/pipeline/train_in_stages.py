@@ -9,12 +9,23 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from pipeline_cases import CLIP, make_batches, make_model, make_optimizer, make_schedulers, open_batches, open_model
+from pipeline_cases import (
+    CLIP,
+    fixed_seed,
+    make_batches,
+    make_model,
+    make_optimizer,
+    make_schedulers,
+    open_batches,
+    open_model,
+)
 from safetensors.torch import save_file
 
 from peft_pst import PSTConfig
+from peft_pst.importance import L0
 from peft_pst.integrations.pipeline import Pipeline
 
+L0.draw_seed = fixed_seed
 LAYERS = {"gpipe": [2, 2], "1f1b": [1, 3], "interleaved": [1, 1, 1, 1]}
 
 
