@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from ..coupling import HEAD_SIZES
-from .widths import Linear, Structure, find_structures
+from .widths import Structure, find_structures
 
 SCALES = ("scaling", "inv_norm_factor")
 """Attributes in which attentions keep what they multiply the scores by."""
@@ -116,8 +115,3 @@ def _attention(structure: Structure) -> Attention:
     else:
         layouts = [["q" * group + "kv"]]
     return Attention(structure, size, layouts)
-
-
-def input_size(linear: Linear) -> int:
-    """How many channels a linear layer takes."""
-    return linear.nx if isinstance(linear, Conv1D) else linear.in_features

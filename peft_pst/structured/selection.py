@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .anatomy import Anatomy, Attention, input_size
+from .anatomy import Anatomy, Attention
 from .measuring import Measured
 from .rotary import turned_pairs
 from .widths import weight_of
@@ -130,7 +130,7 @@ class ChannelSelection:
         """The linear layers that read the residual stream."""
         takers = {a.structure.taker for a in self._attentions.values()} | {s.taker for s in self._neurons.values()}
         for name, module in self._model.named_modules():
-            reads = isinstance(module, (nn.Linear, Conv1D)) and input_size(module) == size
+            reads = isinstance(module, (nn.Linear, Conv1D)) and weight_of(module).shape[1] == size
             if reads and module not in takers and self._anatomy.layer_of(name) in self._layers:
                 yield module
 
