@@ -203,6 +203,11 @@ class Distillation:
 
 def _predictions(model: nn.Module, inputs: Mapping[str, Any], output: ModelOutput) -> Tensor:
     """The logits that count, [rows, classes]: of texts, or of tokens whose labels do."""
+    if "logits" not in output:
+        raise ValueError(
+            f"{type(without_adapter(model)).__name__} has no head, and so no logits to distil: give "
+            "DistillationConfig(logits=0) and a weight for hidden_states or last_hidden_state."
+        )
     logits = output.logits
     if logits.ndim == 2:
         return logits

@@ -226,6 +226,14 @@ def test_refused_teachers():
         distillation.losses(inputs, model(**inputs), distillation.teach(inputs))
 
 
+def test_a_model_without_a_head_has_no_logits_to_distil():
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=99, **SIZES)).model
+    model, inputs = student(base), batch(4, labels=False)
+    distillation = Distillation(model, DistillationConfig())
+    with pytest.raises(ValueError, match="LlamaModel has no head, and so no logits to distil"):
+        distillation.losses(inputs, model(**inputs), distillation.teach(inputs))
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_the_free_teacher_takes_no_memory():
     """The peak of a training with it, against that of one without, each in a process of its own."""

@@ -78,9 +78,9 @@ def main() -> None:
     parser.add_argument(
         "model", type=Path, help="the folder of a model; its config is enough, since weights are random"
     )
-    parser.add_argument("--processes", default="2,4,8", help="over how many the model is spread")
-    parser.add_argument("--micro-batches", default="4,8,16,32", help="of a step")
-    parser.add_argument("--tokens", default="8x128", help="of one micro-batch: sequences x tokens")
+    parser.add_argument("--processes", default="2,4,8", type=counts, help="over how many the model is spread")
+    parser.add_argument("--micro-batches", default="4,8,16,32", type=counts, help="of a step")
+    parser.add_argument("--tokens", default="8x128", type=shape, help="of one micro-batch: sequences x tokens")
     parser.add_argument("--schedules", default=",".join(SCHEDULES))
     parser.add_argument("--chunks", type=int, default=2, help="stages of a process in the interleaved schedule")
     parser.add_argument("--latency", type=float, default=50, help="of a transfer, microseconds")
@@ -94,9 +94,9 @@ def main() -> None:
     costs = measure_costs(*_random_model(args.model, args.tokens, args.pst))
     link = Link(args.latency / 1e6, args.bandwidth * 1e9)
     simulations, impossible = [], []
-    for processes in map(int, args.processes.split(",")):
+    for processes in args.processes:
         for schedule in args.schedules.split(","):
-            for micro_batches in map(int, args.micro_batches.split(",")):
+            for micro_batches in args.micro_batches:
                 chunks = args.chunks if schedule == "interleaved" else 1
                 try:
                     simulations.append(simulate(costs, processes, micro_batches, schedule, chunks=chunks, link=link))
@@ -111,18 +111,29 @@ def main() -> None:
         plot_timeline(simulations[-1], args.figure)
 
 
-def _describe(costs: Costs, tokens: str) -> str:
+def counts(text: str) -> list[int]:
+    """Such as "2,4,8"; argparse names the option where it is something else."""
+    return [int(count) for count in text.split(",")]
+
+
+def shape(text: str) -> tuple[int, int]:
+    """Sequences and tokens of "8x128"."""
+    sequences, tokens = map(int, text.split("x"))
+    return sequences, tokens
+
+
+def _describe(costs: Costs, tokens: tuple[int, int]) -> str:
     whole = costs.whole
     held = whole.weights + whole.gradients + whole.optimizer_states
     return (
-        f"A micro-batch of {tokens} tokens, {len(costs.layers)} layers, {torch.get_num_threads()} threads: "
+        f"A micro-batch of {tokens[0]}x{tokens[1]} tokens, {len(costs.layers)} layers, {torch.get_num_threads()} threads: "
         f"{1000 * whole.forward:.1f} ms forward, {1000 * whole.backward:.1f} ms backward.\n"
         f"Weights, gradients and Adam's moments: {held / 2**20:.0f} MiB. Kept for a micro-batch: "
         f"{whole.kept / 2**20:.0f} MiB. A hidden state: {costs.hidden / 2**20:.2f} MiB."
     )
 
 
-def _random_model(folder: Path, tokens: str, pst: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+def _random_model(folder: Path, tokens: tuple[int, int], pst: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model of a folder's config in training mode, its weights random, and a micro-batch of random tokens."""
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(folder)
@@ -130,7 +141,7 @@ def _random_model(folder: Path, tokens: str, pst: bool) -> tuple[nn.Module, dict
     model = AUTO_CLASSES[task].from_config(config, dtype=torch.float32)
     if pst:
         model = get_peft_model(model, PSTConfig(task_type=task))
-    ids = torch.randint(config.vocab_size, tuple(map(int, tokens.split("x"))))
+    ids = torch.randint(config.vocab_size, tokens)
     labels = torch.zeros_like(ids[:, 0]) if task == "SEQ_CLS" else ids
     return model.train(), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 

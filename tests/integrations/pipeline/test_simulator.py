@@ -168,6 +168,15 @@ def test_the_command_compares_pipelines(tmp_path, monkeypatch, capsys, pst):
     assert ("PST adapters" in printed) == pst
 
 
+@pytest.mark.parametrize("option", [["--tokens", "8"], ["--processes", "2,two"], ["--micro-batches", "8x128"]])
+def test_the_command_names_an_option_that_it_cannot_read(monkeypatch, capsys, option):
+    monkeypatch.setattr(sys, "argv", ["plan", "folder", *option])
+    with pytest.raises(SystemExit):
+        plan.main()
+    error = capsys.readouterr().err
+    assert option[0] in error and option[1] in error
+
+
 def test_the_timeline_is_drawn(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is in .venv5 only")
     found = simulate(equal(4), 2, 4, "interleaved", chunks=2)
