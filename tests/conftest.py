@@ -1,5 +1,8 @@
 import os
 
+# before torch is there: threads that spin while they wait would take the cores from the other workers' tests
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+
 import pytest
 import torch
 
