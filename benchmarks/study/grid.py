@@ -1,0 +1,116 @@
+"""Which cells the study has, in which order they run, and what is known of them."""
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.jsonl"
+
+
+class Cell(NamedTuple):
+    """One training and what came of it."""
+
+    task: str
+    method: str
+    sparsity: float
+    """Of the target weights; 0 for a dense method."""
+    lr: float
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task} · {self.method} · {self.sparsity:.0%} · lr {self.lr:g} · seed {self.seed}"
+
+
+class Grid:
+    """The YAML file of cells, for one kind of machine.
+
+    Args:
+        file: `cells.yaml`.
+        machine: `"cpu"` or `"gpu"`, whose settings count.
+        only: the tasks and methods to run, by the keys `tasks`, `methods` and `sparsities`; None for all.
+    """
+
+    def __init__(self, file: Path, machine: str, only: dict[str, Sequence[Any] | None] | None = None) -> None:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        self.machine, self.only = machine, only or {}
+        self.settings: dict[str, dict[str, Any]] = found["settings"][machine]
+        self.methods: dict[str, dict[str, Any]] = found["methods"]
+        self.seeds, self.rates, self.tuned_at = found["seeds"], found["rates"], found["tuned_at"]
+        self.order = found["order"]
+
+    def cells(self, done: dict[Cell, dict[str, Any]]) -> Iterator[Cell]:
+        """Every cell in its turn, `done` or not. What runs is to be put into `done` before the next cell is asked for,
+        since the learning rate of later ones hangs on it."""
+        seen = set()
+        for block in self.order:
+            for seed in self.seeds:
+                for sparsity, task, method in product(*map(self._wanted(block), ("sparsities", "tasks", "methods"))):
+                    first = self.trials(task, method) if seed == self.seeds[0] else []
+                    for cell in (*first, None):  # the chosen rate is known after the trials
+                        cell = cell or self.cell(task, method, sparsity, seed, done)
+                        if cell not in seen:
+                            seen.add(cell)
+                            yield cell
+
+    def cell(self, task: str, method: str, sparsity: float, seed: int, done: dict[Cell, dict[str, Any]]) -> Cell:
+        """The cell with the method's learning rate on the task, chosen already."""
+        return Cell(task, method, self.sparsity(method, sparsity), self.rate(task, method, done), seed)
+
+    def trials(self, task: str, method: str) -> list[Cell]:
+        """The cells that choose a learning rate."""
+        sparsity = self.sparsity(method, self.tuned_at)
+        return [Cell(task, method, sparsity, rate, self.seeds[0]) for rate in self.rates]
+
+    def rate(self, task: str, method: str, done: dict[Cell, dict[str, Any]]) -> float:
+        """The learning rate of a method on a task: the best on the validation split, by the first metric."""
+
+        def score(cell: Cell) -> float:
+            return next(iter(done[cell]["validation"].values()))
+
+        return max(self.trials(task, method), key=score).lr
+
+    def sparsity(self, method: str, sparsity: float) -> float:
+        return 0.0 if "kind" in self.methods[method] else sparsity
+
+    def count(self) -> int:
+        """How many cells there are."""
+        per_method, wanted = set(), set()
+        for block in self.order:
+            for task, method, sparsity in product(*map(self._wanted(block), ("tasks", "methods", "sparsities"))):
+                per_method.add((task, method))
+                wanted.add((task, method, self.sparsity(method, sparsity)))
+        # the chosen trial is the first seed's cell at its sparsity
+        both = sum((task, method, self.sparsity(method, self.tuned_at)) in wanted for task, method in per_method)
+        return len(wanted) * len(self.seeds) + len(per_method) * len(self.rates) - both
+
+    def _wanted(self, block: dict[str, Any]) -> Any:
+        def values(key: str) -> list[Any]:
+            only = self.only.get(key)
+            return [value for value in block[key] if only is None or value in only]
+
+        return values
+
+
+def read_results(file: Path, grid: Grid) -> dict[Cell, dict[str, Any]]:
+    """What is known of the cells under the grid's settings and methods, the last of a cell that ran again."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    found = {}
+    for row in rows:
+        cell = Cell(*(row[name] for name in Cell._fields))
+        known = grid.methods.get(cell.method), grid.settings.get(cell.task)
+        if row["machine"] == grid.machine and (row["choices"], row["settings"]) == known:
+            found[cell] = row
+    return found
+
+
+def add_result(file: Path, row: dict[str, Any]) -> None:
+    """Add a row."""
+    part = file.with_name(f"{file.name}.part")
+    before = file.read_text(encoding="utf-8") if file.exists() else ""
+    part.write_text(before + json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(file)
