@@ -104,6 +104,18 @@ def test_only_some(file):
     assert grid.count() == 4
 
 
+def test_what_is_in_no_cell_is_refused(file):
+    with pytest.raises(ValueError, match=r"methods \['PTS'\] are in no cell .* expected some of \['dense', 'PST'\]"):
+        cells.Grid(file, "cpu", {"methods": ["dense", "PTS"], "tasks": None})
+
+
+def test_no_learning_rate_before_its_trials(file):
+    grid = cells.Grid(file, "cpu")
+    cell = cells.Cell("bbc", "PST", 0.9, 0.1, 0)
+    with pytest.raises(ValueError, match=r"\['bbc · PST · 90% · lr 0.2 · seed 0'\] have not run"):
+        grid.rate("bbc", "PST", {cell: result(cell, 1.0, 1.0)})
+
+
 def test_results_of_other_settings_do_not_count(file, tmp_path):
     grid, results = cells.Grid(file, "cpu"), tmp_path / "results.jsonl"
     cell = cells.Cell("bbc", "PST", 0.9, 0.1, 0)

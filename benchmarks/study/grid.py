@@ -33,6 +33,9 @@ class Grid:
         file: `cells.yaml`.
         machine: `"cpu"` or `"gpu"`, whose settings count.
         only: the tasks and methods to run, by the keys `tasks`, `methods` and `sparsities`; None for all.
+
+    Raises:
+        ValueError: if one of these is in no cell.
     """
 
     def __init__(self, file: Path, machine: str, only: dict[str, Sequence[Any] | None] | None = None) -> None:
@@ -42,6 +45,10 @@ class Grid:
         self.methods: dict[str, dict[str, Any]] = found["methods"]
         self.seeds, self.rates, self.tuned_at = found["seeds"], found["rates"], found["tuned_at"]
         self.order = found["order"]
+        for key, wanted in self.only.items():
+            known = list(dict.fromkeys(value for block in self.order for value in block[key]))
+            if unknown := [value for value in wanted or () if value not in known]:
+                raise ValueError(f"{key} {unknown} are in no cell of {file}: expected some of {known}.")
 
     def cells(self, done: dict[Cell, dict[str, Any]]) -> Iterator[Cell]:
         """Every cell in its turn, `done` or not. What runs is to be put into `done` before the next cell is asked for,
@@ -67,12 +74,17 @@ class Grid:
         return [Cell(task, method, sparsity, rate, self.seeds[0]) for rate in self.rates]
 
     def rate(self, task: str, method: str, done: dict[Cell, dict[str, Any]]) -> float:
-        """The learning rate of a method on a task: the best on the validation split, by the first metric."""
+        """The learning rate of a method on a task: the best on the validation split, by the first metric.
 
-        def score(cell: Cell) -> float:
-            return next(iter(done[cell]["validation"].values()))
-
-        return max(self.trials(task, method), key=score).lr
+        Raises:
+            ValueError: if one of the trials is not done.
+        """
+        trials = self.trials(task, method)
+        if missing := [str(cell) for cell in trials if cell not in done]:
+            raise ValueError(
+                f"{missing} have not run, and one of the trials is to choose the learning rate: run them."
+            )
+        return max(trials, key=lambda cell: next(iter(done[cell]["validation"].values()))).lr
 
     def sparsity(self, method: str, sparsity: float) -> float:
         return 0.0 if "kind" in self.methods[method] else sparsity

@@ -91,6 +91,8 @@ def main() -> None:
     runner = Runner(grid, done, args)
     if args.cell is not None:
         task, method, sparsity, seed = args.cell
+        if task not in grid.settings or method not in grid.methods:
+            raise ValueError(f"{task!r}, {method!r}: expected of {list(grid.settings)} and of {list(grid.methods)}.")
         run_again(grid.cell(task, method, float(sparsity), int(seed), done), runner)
         return
     until = time.monotonic() + 60 * args.minutes
