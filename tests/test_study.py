@@ -1,5 +1,6 @@
 """benchmarks/study: the order of the cells, the choice of learning rates, the page, and a run from outside."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -177,6 +178,21 @@ def test_importance_without_magnitude():
     assert methods.IMPORTANCES["pst_without_magnitude"].starts_equal
     for expected, p in zip((U, V, A, B, R, C), found.values(), strict=True):
         torch.testing.assert_close(p.grad, expected.grad)
+
+
+def test_first_mask_from_the_inputs_is_that_of_wanda():
+    methods = pytest.importorskip("methods")
+    from peft_pst import PSTConfig
+
+    x = torch.randn(50, 24) * torch.linspace(0.1, 3, 24)
+    base = nn.Sequential(nn.Linear(24, 16))
+    model = get_peft_model(copy.deepcopy(base), PSTConfig(sparsity=0.75, target_modules=["0"]))
+    methods.start_from_inputs(model, [x])
+    model.base_model.set_sparsity(0.75)
+    weight = base[0].weight.detach()
+    worth = weight.abs() * x.norm(dim=0)
+    expected = weight.masked_fill(worth <= worth.flatten().kthvalue(288).values, 0)
+    torch.testing.assert_close(model.merge_and_unload()[0].weight.detach(), expected, rtol=0, atol=0)
 
 
 def test_accuracy_counts_each_row_once():

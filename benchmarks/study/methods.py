@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from peft_pst import DistillationConfig, PSTConfig, calibrate, create_pst_optimizer
 from peft_pst.importance import IMPORTANCES, PST
 from peft_pst.integrations import PSTTrainer
+from peft_pst.layer import active_layers
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import text_classification as example
@@ -79,6 +80,8 @@ def train(
         model = get_peft_model(model, config)
         if config.importance == "wanda":
             calibrate(model, calibration_batches(task, settings["batch_size"]))
+        if choices.get("inputs"):
+            start_from_inputs(model, calibration_batches(task, settings["batch_size"]))
         trainer = make_trainer(
             task,
             model,
@@ -87,6 +90,7 @@ def train(
             seed,
             work,
             lr=lr,
+            scheduler=choices.get("scheduler", "linear"),
             distillation=distillation(task, choices, tuned),
         )
     trainer.train()
@@ -116,6 +120,23 @@ def distillation(task: Task, choices: dict[str, Any], tuned: Path | None) -> Dis
     return DistillationConfig(None if tuned is None else task.load_model(str(tuned)), **losses)
 
 
+@torch.no_grad()
+def start_from_inputs(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> None:
+    """Start C where PST's first mask at the final sparsity is Wanda's: with n the norms of the inputs and t the
+    threshold of |W| n, an entry stays if |W| - t / n > 0."""
+    model.add_adapter("wanda", PSTConfig(importance="wanda"))
+    model.set_adapter("wanda")
+    calibrate(model, batches)
+    model.set_adapter("default")
+    for layer in active_layers(model):
+        squares = layer.pst_input_squares["wanda"].view(torch.float64)
+        n = (squares[:-1] / squares[-1]).sqrt().float().clamp(min=1e-3)
+        weight = layer.get_base_layer().weight.abs()
+        t = (weight * n).flatten().kthvalue(int(layer.active_config.sparsity * weight.numel())).values
+        layer.pst_C["default"].copy_(-t / n)
+    model.delete_adapter("wanda")
+
+
 def calibration_batches(task: Task, batch_size: int, batches: int = 16) -> Iterator[dict[str, Tensor]]:
     rows = task.data["train"].shuffle(seed=0)
     return islice(DataLoader(rows, batch_size=batch_size, collate_fn=task.collator), batches)
@@ -130,6 +151,7 @@ def make_trainer(
     work: Path,
     *,
     lr: float,
+    scheduler: str = "linear",
     **kwargs: Any,
 ) -> Trainer:
     """The Trainer of README.md, in bf16: AdamW, a linear decay, one rate for the update and one for a new head."""
@@ -140,6 +162,8 @@ def make_trainer(
         max_steps=steps,
         per_device_train_batch_size=settings["batch_size"],
         train_sampling_strategy="group_by_length",
+        lr_scheduler_type=scheduler,
+        lr_scheduler_kwargs={"num_decay_steps": round(0.3 * steps)} if scheduler == "warmup_stable_decay" else None,
         save_strategy="no",
         logging_steps=max(1, steps // 20),
         report_to="none",
