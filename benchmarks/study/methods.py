@@ -124,7 +124,8 @@ def distillation(task: Task, choices: dict[str, Any], tuned: Path | None) -> Dis
 def start_from_inputs(model: nn.Module, batches: Iterator[dict[str, Tensor]]) -> None:
     """Start C where PST's first mask at the final sparsity is Wanda's: with n the norms of the inputs and t the
     threshold of |W| n, an entry stays if |W| - t / n > 0."""
-    model.add_adapter("wanda", PSTConfig(importance="wanda"))
+    names = model.base_model.targeted_module_names
+    model.add_adapter("wanda", PSTConfig(importance="wanda", target_modules=names))
     model.set_adapter("wanda")
     calibrate(model, batches)
     model.set_adapter("default")
