@@ -151,9 +151,7 @@ def test_page_says_what_has_not_run(file, tmp_path):
 
 def test_the_page_in_the_repository_is_that_of_the_results(tmp_path):
     pytest.importorskip("matplotlib")
-    grid = cells.Grid(STUDY / "cells.yaml", "cpu")
-    page = pages.Page(grid, cells.read_results(cells.RESULTS, grid), tmp_path)
-    text = pages.fill((STUDY / "page.md").read_text(encoding="utf-8"), page)
+    text = pages.fill((STUDY / "page.md").read_text(encoding="utf-8"), pages.load_page("cpu", tmp_path))
     assert text == (pages.DOCS / "study.md").read_text(encoding="utf-8")
 
 

@@ -5,6 +5,8 @@
 `page.md` is the text around them: a line `{{what task}}` in it is replaced, where `what` is a function here.
 """
 
+from __future__ import annotations
+
 import argparse
 import re
 import statistics
@@ -27,10 +29,11 @@ class Page:
         grid: the study's cells.
         done: the results.
         figures: a folder, for the figures.
+        tried: the same of what was tried, for its table.
     """
 
-    def __init__(self, grid: Grid, done: dict[Cell, dict[str, Any]], figures: Path) -> None:
-        self.grid, self.done, self.figures = grid, done, figures
+    def __init__(self, grid: Grid, done: dict[Cell, dict[str, Any]], figures: Path, tried: Page | None = None) -> None:
+        self.grid, self.done, self.figures, self._tried = grid, done, figures, tried
 
     def table(self, task: str) -> str:
         """Each metric of the test split, mean and spread over the seeds, and what the trainings took."""
@@ -53,6 +56,15 @@ class Page:
             values = [f"{next(iter(row['validation'].values())):.2f}" if row else NOT_RUN for row in found]
             rows.append((method, *values))
         return format_table(header, rows)
+
+    def tried(self, task: str) -> str:
+        """The first metric on both splits, of one seed each."""
+        page, rows = self._tried, []
+        for method in page.methods(task):
+            found = page.rows(task, method, page.grid.tuned_at)
+            splits = [next(iter(row[split].values())) for row in found for split in ("validation", "test")]
+            rows.append((method, *(f"{value:.2f}" for value in splits)) if found else (method, NOT_RUN, NOT_RUN))
+        return f"{format_table(('tried', 'validation', 'test'), rows)}\n\n{page.took(task)}"
 
     def figure(self, task: str) -> str:
         """The first metric over the sparsity, with the spread as bars; dense methods as lines."""
@@ -84,17 +96,18 @@ class Page:
         return f"![{metric} over the sparsity on {task}](figures/{file.name})"
 
     def origin(self, task: str) -> str:
-        """The command, the machine, the versions and the time."""
+        """The command, and what it took."""
+        return f"`.venv-transformers5/bin/python benchmarks/study/run.py --data-dir DATA --tasks {task}`: {self.took(task)}"
+
+    def took(self, task: str) -> str:
+        """The time, the machine and the versions."""
         rows = [row for cell, row in self.done.items() if cell.task == task]
         if not rows:
-            return f"`run.py --tasks {task}` has not run."
+            return f"{NOT_RUN}."
         devices = sorted({row["device"] for row in rows})
         versions = sorted({", ".join(f"{k} {v}" for k, v in row["versions"].items()) for row in rows})
         hours = sum(row["minutes"] for row in rows) / 60
-        return (
-            f"(`.venv-transformers5/bin/python benchmarks/study/run.py --data-dir DATA --tasks {task}`: "
-            f"{len(rows)} trainings, {hours:.1f} hours of training. {'; '.join(devices)}; {'; '.join(versions)}.)"
-        )
+        return f"{len(rows)} trainings, {hours:.1f} hours. {'; '.join(devices)}; {'; '.join(versions)}."
 
     def methods(self, task: str) -> list[str]:
         """In the order of the cells."""
@@ -151,17 +164,25 @@ def fill(text: str, page: Page) -> str:
         what: Callable[[str], str] = getattr(page, found[1])
         return what(found[2])
 
-    return re.sub(r"^\{\{(table|trials|figure) (\S+)\}\}$", replace, text, flags=re.MULTILINE)
+    return re.sub(r"^\{\{(table|trials|tried|figure) (\S+)\}\}$", replace, text, flags=re.MULTILINE)
+
+
+def load_page(machine: str, figures: Path) -> Page:
+    """The page of the results in the repository.
+
+    Args:
+        machine: `"cpu"` or `"gpu"`, whose results count.
+        figures: a folder, for the figures.
+    """
+    grids = {name: Grid(HERE / f"{name}.yaml", machine) for name in ("cells", "tried")}
+    tried = Page(grids["tried"], read_results(HERE / "tried.jsonl", grids["tried"]), figures)
+    return Page(grids["cells"], read_results(RESULTS, grids["cells"]), figures, tried)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cells", type=Path, default=HERE / "cells.yaml")
-    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--machine", default="cpu", choices=("cpu", "gpu"), help="whose results")
-    args = parser.parse_args()
-    grid = Grid(args.cells, args.machine)
-    page = Page(grid, read_results(args.results, grid), DOCS / "figures")
+    page = load_page(parser.parse_args().machine, DOCS / "figures")
     (DOCS / "study.md").write_text(fill((HERE / "page.md").read_text(encoding="utf-8"), page), encoding="utf-8")
 
 
