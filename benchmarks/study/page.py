@@ -97,7 +97,8 @@ class Page:
 
     def origin(self, task: str) -> str:
         """The command, and what it took."""
-        return f"`.venv-transformers5/bin/python benchmarks/study/run.py --data-dir DATA --tasks {task}`: {self.took(task)}"
+        command = f".venv-transformers5/bin/python benchmarks/study/run.py --data-dir DATA --tasks {task}"
+        return f"`{command}`: {self.took(task)}"
 
     def took(self, task: str) -> str:
         """The time, the machine and the versions."""
