@@ -125,9 +125,9 @@ def shape(text: str) -> tuple[int, int]:
 def _describe(costs: Costs, tokens: tuple[int, int]) -> str:
     whole = costs.whole
     held = whole.weights + whole.gradients + whole.optimizer_states
-    sequences, length = tokens
+    batch, length = tokens
     return (
-        f"A micro-batch of {sequences}x{length} tokens, {len(costs.layers)} layers, {torch.get_num_threads()} threads: "
+        f"A micro-batch of {batch}x{length} tokens, {len(costs.layers)} layers, {torch.get_num_threads()} threads: "
         f"{1000 * whole.forward:.1f} ms forward, {1000 * whole.backward:.1f} ms backward.\n"
         f"Weights, gradients and Adam's moments: {held / 2**20:.0f} MiB. Kept for a micro-batch: "
         f"{whole.kept / 2**20:.0f} MiB. A hidden state: {costs.hidden / 2**20:.2f} MiB."
