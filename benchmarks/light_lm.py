@@ -137,7 +137,8 @@ def train(
         bf16=True,
         use_cpu=not torch.accelerator.is_available(),
     )
-    trainer = kind(model, arguments, train_dataset=data["train"], data_collator=collator, callbacks=[curve], **kwargs)
+    batches = in_batches(data["train"], args)
+    trainer = kind(model, arguments, train_dataset=batches, data_collator=collator, callbacks=[curve], **kwargs)
     start = time.perf_counter()
     trainer.train()
     minutes = (time.perf_counter() - start) / 60
