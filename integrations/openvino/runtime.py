@@ -106,6 +106,14 @@ def open_openvino(
         options[ov.properties.inference_num_threads()] = threads
     core = ov.Core()
     model = core.read_model(file)
+    if has_amx() and (crashing := _crashing(model, sparse_rate)):
+        warnings.warn(
+            f"The model runs dense in OpenVINO: its sparse kernels crash at {TILE}x{TILE}, the sizes of "
+            f"{', '.join(crashing)}. Prune these less than {sparse_rate:.0%}, or say sparse_rate=1 if dense is what "
+            "you want.",
+            stacklevel=2,
+        )
+        sparse_rate = options[ov.properties.intel_cpu.sparse_weights_decompression_rate()] = 1
     compiled = core.compile_model(model, "CPU", options)
     run(compiled, example(1, 16))  # the kernels are chosen at the first run
     opened = OpenVINOModel(compiled, list(_layers(model, compiled, sparse_rate)))
@@ -138,6 +146,18 @@ def _layers(model: openvino.Model, compiled: openvino.CompiledModel, sparse_rate
         obstacle = _obstacle(product, weight, sparsity, sparse_rate)
         obstacle = obstacle or _obstacle_at_work(node)
         yield Layer(_module_name(product.get_friendly_name()), shape, sparsity, kernel, obstacle)
+
+
+def _crashing(model: openvino.Model, sparse_rate: float) -> list[str]:
+    """The layers that end the process where 16 tokens or fewer come in (OpenVINO 2026.4)."""
+    weights = {p: _weight(p) for p in model.get_ordered_ops() if p.get_type_name() == "MatMul"}
+    return [
+        _module_name(product.get_friendly_name())
+        for product, weight in weights.items()
+        if weight is not None
+        and tuple(weight.get_output_shape(0)) == (TILE, TILE)
+        and not _obstacle(product, weight, float((weight.data == 0).mean()), sparse_rate)
+    ]
 
 
 def _weight(product: openvino.Node) -> openvino.Node | None:

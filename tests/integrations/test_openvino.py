@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 WORDS = [f"word{i}" for i in range(97)]
-SIZES = {"vocab_size": 99, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+SIZES = {"vocab_size": 99, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2}
 PRUNED = 12  # layers
 
 
@@ -182,6 +182,20 @@ def test_what_keeps_a_layer_from_the_sparse_kernels(tmp_path, change, obstacle):
     assert obstacle in layer.obstacle and bool(obstacle) == bool(layer.obstacle)
 
 
+def test_a_weight_that_openvino_crashes_at_runs_dense(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr(runtime, "has_amx", lambda: True)
+    folder, ids = tmp_path / "one", {"input_ids": [[1, 2]], "attention_mask": [[1, 1]]}
+    save_one_layer(folder, out=64, size=64)
+    found = open_openvino(folder, sparse_rate=0.8)
+    (message,) = [str(warning.message) for warning in recwarn if "OpenVINO" in str(warning.message)]
+    assert "crash at 64x64" in message and "sparse_rate=1" in message
+    assert not found.layers[0].is_sparse and found(**ids).shape == (1, 2, 64)
+    recwarn.clear()
+    open_openvino(folder, sparse_rate=1)
+    open_openvino(folder, sparse_rate=0.95)
+    assert not [warning for warning in recwarn if "crash" in str(warning.message)]
+
+
 def save_one_layer(folder, out=128, size=64, zeros=0.9, dtype=np.int8, transpose=True, quantized_input=True,
                    stacked=False):  # fmt: skip
     """A model of an embedding and one linear layer, made by hand."""
@@ -210,9 +224,8 @@ def test_a_warning_says_why_layers_are_dense(folders, monkeypatch, recwarn):
         open_openvino(folder, **kwargs)
         return [str(warning.message) for warning in recwarn if "OpenVINO" in str(warning.message)]
 
-    for amx, reason in ((False, "no AMX"), (True, "another kernel")):
-        if amx and has_amx():
-            continue
+    # with AMX all of them are sparse
+    for amx, reason in () if has_amx() else ((False, "no AMX"), (True, "another kernel")):
         monkeypatch.setattr(runtime, "has_amx", lambda amx=amx: amx)
         (message,) = warned(folders / "int8")
         assert f"{PRUNED} of {PRUNED} layers" in message and f"{reason} ({PRUNED})" in message

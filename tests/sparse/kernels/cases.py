@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_pst.sparse.kernels.layout import Kind, Packed, pack
-from peft_pst.sparse.kernels.target import WIDEST
+from peft_pst.sparse.kernels.target import HAS_HALF, LANES, WIDEST
 
 DTYPES = {Kind.FP32: torch.float32, Kind.BF16: torch.bfloat16, Kind.INT8: torch.int8, Kind.FP16: torch.float16}
 
@@ -46,12 +46,15 @@ class Weight(NamedTuple):
         return torch.from_numpy(y if self.bias is None else y + self.bias.double().numpy())
 
     def allowed(self, x: Tensor, packed: Packed) -> float:
-        """The largest error: what fp32 makes of sums that may cancel, and half a step of a token in 16 bits."""
+        """The largest error: what fp32 makes of sums that may cancel, and half a step of a token in 16 bits; in fp16
+        each token and each of the sums of a row is rounded to 11 bits."""
         values, scales = self.values.double().abs(), 1.0 if self.scales is None else self.scales.double()
         terms = x.double().abs() @ values.T * scales + (0 if self.bias is None else self.bias.double().abs())
         allowed = max(1e-6 * float(self.reference(x).abs().max()), 2e-7 * float(terms.max()))
         if has_16_bits(packed, len(x)):
             allowed += float(x.double().abs().max()) / 65534 * float((values.sum(1) * scales).max())
+        if in_half(packed, len(x)):
+            allowed += 2**-11 * (2 + float((values > 0).sum(1).max()) ** 0.5) * float(terms.max())
         return allowed
 
 
@@ -78,6 +81,18 @@ def make(out, size, density, kind=Kind.FP32, blocks=False, bias=True, seed=0, em
 def has_16_bits(packed: Packed, tokens: int) -> bool:
     """Whether some token is multiplied in 16 bits: one that has a panel of its own, of a weight with a bitmask."""
     return packed.bits is not None and tokens % WIDEST == 1
+
+
+def in_half(packed: Packed, tokens: int) -> bool:
+    """Whether some tokens are multiplied in fp16, on a processor that can."""
+    return HAS_HALF and packed.kind is Kind.FP16 and tokens > LANES // 2
+
+
+def allowed_error(tokens: int, *weights: Packed, exact: float = 1e-6) -> float:
+    """What `error` may be: `exact` for sums in fp32."""
+    if any(in_half(packed, tokens) for packed in weights):
+        return 4e-3 * len(weights)
+    return 1e-4 if any(has_16_bits(packed, tokens) for packed in weights) else exact
 
 
 def error(y: Tensor, expected: Tensor) -> float:

@@ -11,7 +11,7 @@ pytest.importorskip("numba", reason="the kernels need the extra peft-pst[cpu]")
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sparse.kernels.cases import FUNCTIONS, error, has_16_bits, make
+from sparse.kernels.cases import FUNCTIONS, allowed_error, error, in_half, make
 
 from peft_pst.sparse.kernels import layer as module
 from peft_pst.sparse.kernels.layer import Layer
@@ -66,7 +66,7 @@ def test_every_width(kind, blocks, density):
     layer = Layer(packed)
     for tokens in TOKENS:
         x = torch.randn(tokens, 333)
-        assert error(layer(x), weight.reference(x)) <= (1e-4 if has_16_bits(packed, tokens) else 1e-6), tokens
+        assert error(layer(x), weight.reference(x)) <= allowed_error(tokens, packed), tokens
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_every_width(kind, blocks, density):
 def test_large(out, size, tokens, density, kind, blocks):
     weight = make(out, size, density, kind, blocks)
     packed, x = weight.pack(), torch.randn(tokens, size)
-    assert error(Layer(packed)(x), weight.reference(x)) <= (1e-4 if has_16_bits(packed, tokens) else 1e-6)
+    assert error(Layer(packed)(x), weight.reference(x)) <= allowed_error(tokens, packed)
 
 
 @pytest.mark.parametrize("wider", WIDER)
@@ -121,12 +121,15 @@ def scattered(x, share, seed=0):
     return torch.where(torch.rand(x.shape, generator=generator) < share, kinds, x)
 
 
-def assert_same_numbers(y, expected, tolerance=1e-6):
+def assert_same_numbers(weight, x):
+    packed = weight.pack()
+    y, expected = Layer(packed)(x), weight.reference(x)
     for test in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(test(y), test(expected))
     finite = torch.isfinite(expected)
     assert finite.any() and not finite.all()
-    assert error(y[finite], expected[finite]) <= tolerance
+    # an infinity or a NaN has no 16 bits: such a token is multiplied in fp32
+    assert error(y[finite], expected[finite]) <= (4e-3 if in_half(packed, len(x)) else 1e-6)
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -136,14 +139,14 @@ def assert_same_numbers(y, expected, tolerance=1e-6):
 def test_pruned_weights_take_no_part(kind, blocks, density, tokens):
     weight = make(117, 150, density, kind, blocks, empty=True)
     x = scattered(torch.randn(tokens, 150), 0.015)
-    assert_same_numbers(Layer(weight.pack())(x), weight.reference(x))
+    assert_same_numbers(weight, x)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_one_bad_input_and_a_bitmask(bad):
     weight, x = make(117, 150, 0.3, Kind.INT8), torch.randn(1, 150)
     x[0, 149] = bad
-    assert_same_numbers(Layer(weight.pack())(x), weight.reference(x))
+    assert_same_numbers(weight, x)
 
 
 @pytest.mark.parametrize("kind", [Kind.FP32, Kind.BF16, Kind.FP16])
@@ -155,7 +158,7 @@ def test_weights_that_are_no_numbers(kind, blocks, tokens):
     weight.values[scattered(torch.ones(117, 150), 0.005, seed=1) != 1] *= torch.inf
     x = torch.randn(tokens, 150)
     x[:, 70] = 0
-    assert_same_numbers(Layer(weight.pack())(x), weight.reference(x))
+    assert_same_numbers(weight, x)
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e20, 1e30])
@@ -174,10 +177,9 @@ def feed_forward(x, last, first, gate, activation):
 
 
 def assert_feed_forward(x, last, first, gate=None, activation="relu"):
-    packed = [weight and weight.pack() for weight in (last, first, gate)]
-    y = Layer(*packed, activation)(x)
-    rounded = any(one is not None and has_16_bits(one, len(x)) for one in packed)
-    assert error(y, feed_forward(x, last, first, gate, activation)) <= (1e-4 if rounded else 2e-6)
+    packed = [weight.pack() for weight in (last, first, gate) if weight is not None]
+    y = Layer(*packed, activation=activation)(x)
+    assert error(y, feed_forward(x, last, first, gate, activation)) <= allowed_error(len(x), *packed, exact=2e-6)
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS)
@@ -296,11 +298,12 @@ def test_writes_only_where_it_may(kind, density, tokens, monkeypatch):
     ]:
         guarded = guard(monkeypatch)
         weights = [shape and make(*shape, density, kind) for shape in (last, first, gate)]
-        layer, x = Layer(*(weight and weight.pack() for weight in weights)), torch.randn(tokens, (first or last)[1])
+        packed = [weight.pack() for weight in weights if weight is not None]
+        layer, x = Layer(*packed), torch.randn(tokens, (first or last)[1])
         y = layer(x)
         guarded.check()
         expected = weights[0].reference(x) if first is None else feed_forward(x, *weights, "relu")
-        assert error(y, expected) <= 1e-4
+        assert error(y, expected) <= allowed_error(tokens, *packed, exact=1e-4)
 
 
 def test_memory_for_more_tokens_than_before(monkeypatch):
