@@ -108,9 +108,9 @@ def open_openvino(
     model = core.read_model(file)
     if has_amx() and (crashing := _crashing(model, sparse_rate)):
         warnings.warn(
-            f"The model runs dense in OpenVINO: its sparse kernels crash at {TILE}x{TILE}, the sizes of "
-            f"{', '.join(crashing)}. Prune these less than {sparse_rate:.0%}, or say sparse_rate=1 if dense is what "
-            "you want.",
+            f"The model runs dense in OpenVINO: its sparse kernels crash at {TILE}x{TILE}, the sizes of {crashing[0]} "
+            f"({len(crashing)} layers in all). Prune these less than {sparse_rate:.0%}, or say sparse_rate=1 if dense "
+            "is what you want.",
             stacklevel=2,
         )
         sparse_rate = options[ov.properties.intel_cpu.sparse_weights_decompression_rate()] = 1
