@@ -43,6 +43,19 @@ def tokens():
     return torch.arange(2 * 7).view(2, 7) % 99
 
 
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    """A tokenizer whose tokens are the 256 bytes and an end."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<end>"])}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
+
+
 @pytest.fixture
 def local_hub(tmp_path, bert):
     """A folder in which `google-bert/bert-base-uncased` and `fancyzhx/ag_news` are tiny folders of these names."""

@@ -14,15 +14,9 @@ SCRIPT = Path(__file__).parents[1] / "examples" / "light_bilingual_lm.py"
 
 
 @pytest.fixture
-def folder(tmp_path):
+def folder(tmp_path, byte_tokenizer):
     """With a small model in `teacher`, whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<end>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path / "teacher")
+    byte_tokenizer.save_pretrained(tmp_path / "teacher")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
     ends = {"bos_token_id": None, "eos_token_id": 256, "pad_token_id": 256}

@@ -104,20 +104,14 @@ def test_texts_of_a_broken_model():
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, byte_tokenizer):
     """With E2E's files in `e2e`, and in `model` a small model whose tokens are bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
     folder = tmp_path_factory.mktemp("generation")
     (folder / "e2e").mkdir()
     for split, pairs in PAIRS.items():
         lines = [f"{mr}\t{ref}\n" for mr, ref in pairs]
         (folder / "e2e" / f"{split}.tsv").write_text("mr\tref\n" + "".join(lines), encoding="utf-8")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate([*letters, "<end>"])}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder / "model")
+    byte_tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = LlamaConfig(vocab_size=257, intermediate_size=64, head_dim=8, tie_word_embeddings=True, **sizes)

@@ -70,8 +70,8 @@ class Runner:
         return self.folder(cell)
 
     def folder(self, cell: Cell) -> Path:
-        rows = self.grid.settings[cell.task]["train_rows"] or "all"
-        return self.args.output / f"{cell.task}-{rows}-rows-lr-{cell.lr:g}-seed-{cell.seed}"
+        settings = "-".join(f"{name}-{value}" for name, value in self.grid.settings[cell.task].items())
+        return self.args.output / f"{cell.task}-{settings}-lr-{cell.lr:g}-seed-{cell.seed}"
 
 
 def run_again(cell: Cell, runner: Runner) -> None:

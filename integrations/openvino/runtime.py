@@ -77,8 +77,9 @@ def open_openvino(
 ) -> OpenVINOModel:
     """Compile an exported model for this machine's CPU.
 
-    A warning says, with the reason, if a layer that should run on the sparse kernels does not. What OpenVINO would
-    compute in bf16 is computed in fp32.
+    A warning says, with the reason, if a layer that should run on the sparse kernels does not. If these would crash at
+    one of its weights, the whole model runs dense, with a warning. What OpenVINO would compute in bf16 is computed in
+    fp32.
 
     Args:
         folder: what `export_openvino` has written.
