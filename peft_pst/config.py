@@ -40,9 +40,10 @@ class PSTConfig(PeftConfig):
         mask_r (`int`):
             Rank of A @ B, PST's data-driven importance of single entries.
         beta (`float`):
-            Factor of U @ V in the weight.
+            Factor of U @ V in the weight. U starts at N(0, 1 / beta²), so that V, which starts at 0, moves the weight
+            by as much whatever beta is, and U learns the faster the larger it is; under 1, the paper's, U hardly moves.
         alpha1 (`float`):
-            Factor of A @ B in PST's importance.
+            Factor of A @ B in PST's importance, and what beta is to U and V.
         alpha2 (`float`):
             Factor of R and C, PST's importance of whole rows and columns.
         penalty (`float`):
@@ -103,10 +104,15 @@ class PSTConfig(PeftConfig):
             Name of the list that holds the blocks, for `layers_to_transform`, if it is not a common one.
         bias (`str`):
             Which biases train: `"none"`, `"all"`, or `"pst_only"` (those of the target modules).
+        norms (`bool`):
+            Whether the scales and biases of the normalisation layers train too, in the blocks in which something is
+            pruned: a thousandth of the parameters, which set right what pruning does to the size of activations (PERP,
+            arXiv 2312.15230). They change as part of the adapter, and merge.
         modules_to_save (`list[str]`, *optional*):
             Modules that train in full and are saved with the adapter, such as a new head.
         init_weights (`bool`):
-            `True` for the start of the method, in PST U, A ~ N(0, 1) and V, B, R, C = 0, at which W' = W and S = |W|.
+            `True` for the start of the method, in PST beta U, alpha1 A ~ N(0, 1) and V, B, R, C = 0, at which W' = W
+            and S = |W|.
             `False` draws all parameters at random, for tests.
 
     Raises:
@@ -152,6 +158,7 @@ class PSTConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list that holds the blocks, for layers_to_transform."}
     )
     bias: str = field(default="none", metadata={"help": f"Which biases train: one of {list(BIAS)}."})
+    norms: bool = field(default=False, metadata={"help": "Whether normalisation layers train too."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from .parameters import Kind, Start
+from .parameters import Kind, Start, std_under
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -81,7 +81,7 @@ class PST(Importance):
         self.mask_r, self.alpha1, self.alpha2 = config.mask_r, config.alpha1, config.alpha2
 
     def starts(self, n: int, k: int) -> tuple[Start, ...]:
-        return Start((n, self.mask_r), std=1.0), Start((self.mask_r, k)), Start((n,)), Start((k,))
+        return Start((n, self.mask_r), std=std_under(self.alpha1)), Start((self.mask_r, k)), Start((n,)), Start((k,))
 
     def score(self, weight: Tensor, A: Tensor, B: Tensor, R: Tensor, C: Tensor) -> Tensor:
         # one product, which reads and writes S once

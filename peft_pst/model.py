@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Container
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, _get_in_out_features
+from peft.utils import _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,6 +23,8 @@ from .functional import Method
 from .labels import share_of_step
 from .layer import PSTLayer, active_layers, overall_sparsity
 from .linear import Linear
+from .norm import PREFIX as NORM
+from .norm import Norm, find_norms
 from .patterns import COUPLED, parse_pattern
 from .quantized import check_quantized, dense_dtype, is_quantized, make_dense
 from .sharded import check_launch, gathered, is_partitioned
@@ -40,7 +45,7 @@ class PSTModel(BaseTuner):
     """
 
     prefix = "pst_"
-    tuner_layer_cls = PSTLayer
+    tuner_layer_cls = (PSTLayer, Norm)
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # no table: see default_target_modules
 
     def set_sparsity(self, sparsity: float) -> None:
@@ -83,14 +88,26 @@ class PSTModel(BaseTuner):
             charges.append(layer.active_config.penalty * importance.penalty(*map(gathered, gates)))
         return sum(charge.to(charges[0].device) for charge in charges) / sum(layer.shape.numel() for layer in layers)
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """Add an adapter to the target modules, as in PEFT, and prune them to its initial sparsity."""
         check_launch()
         config = self.peft_config[adapter_name]
         self._couplings: dict[str, Coupling] = {}
         if config.pattern in COUPLED:
             self._couplings = find_couplings(model, config.pattern, config.coupled_modules)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if state_dict is not None:  # by its keys PEFT finds the targets
+            state_dict = {key: value for key, value in state_dict.items() if NORM not in key}
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        if config.norms:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._add_norms(model, adapter_name)
         if not hasattr(self, "_hook"):
             # PEFT calls the model past this class where the config has no task_type, and so does transformers
             self._hook = model.register_forward_hook(self._charge_penalty, with_kwargs=True)
@@ -99,6 +116,16 @@ class PSTModel(BaseTuner):
             # on the meta device they wait for a checkpoint, which brings its masks
             if not any(parameter.is_meta for layer in layers for parameter in layer.parameters()):
                 set_sparsity(layers, config.initial_sparsity, adapter_name)
+
+    def _add_norms(self, model: nn.Module, adapter_name: str) -> None:
+        config = self.peft_config[adapter_name]
+        for name in find_norms(model, self.targeted_module_names):
+            parent, target, target_name = _get_submodules(model, name)
+            layer = target if isinstance(target, Norm) else Norm(target)
+            layer.update_layer(adapter_name, config)
+            layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+            layer.train(target.training)
+            setattr(parent, target_name, layer)
 
     def _charge_penalty(self, model: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> Any:
         """After the model's forward: in training its loss, if it has one, holds the penalty too."""

@@ -20,3 +20,10 @@ class Start(NamedTuple):
         """A fresh tensor, float32. `random` draws what would start at one value with a deviation of 0.02."""
         std = self.std or (0.02 if random else 0.0)
         return torch.normal(self.mean, std, self.shape) if std else torch.full(self.shape, self.mean)
+
+
+def std_under(factor: float) -> float:
+    """The deviation that the first matrix of a product starts with, such that `factor` times it has that of N(0, 1):
+    a step of the second one then changes the product by as much whatever the factor is, and the first one learns the
+    faster the larger it is."""
+    return 1 / abs(factor) if factor else 1.0

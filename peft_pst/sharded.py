@@ -26,6 +26,11 @@ def is_partitioned(tensor: Tensor) -> bool:
     return hasattr(tensor, "ds_status") and tensor.ds_status.name == "NOT_AVAILABLE"
 
 
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of the whole tensor; that of a part under ZeRO-3 is empty."""
+    return tensor.ds_shape if is_partitioned(tensor) else tensor.shape
+
+
 def gathered(tensor: Tensor) -> Tensor:
     """The whole tensor; itself if it is whole. Through that of FSDP2 goes a gradient, through that of ZeRO-3 none."""
     if isinstance(tensor, DTensor):

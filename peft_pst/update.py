@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from .parameters import Kind, Start
+from .parameters import Kind, Start, std_under
 
 if TYPE_CHECKING:
     from .config import PSTConfig
@@ -41,7 +41,7 @@ class LowRank:
         self.r, self.beta = config.r, config.beta
 
     def starts(self, n: int, k: int) -> tuple[Start, ...]:
-        return Start((n, self.r), std=1.0), Start((self.r, k))
+        return Start((n, self.r), std=std_under(self.beta)), Start((self.r, k))
 
     def weight(self, weight: Tensor, U: Tensor, V: Tensor) -> Tensor:
         return torch.addmm(weight.to(U.dtype), U, V, alpha=self.beta)

@@ -42,6 +42,16 @@ def output(model, x):
         return model(x)
 
 
+@pytest.mark.parametrize("factor", [1.0, 20.0, -4.0, 0.0])
+def test_the_products_start_with_one_deviation_whatever_their_factor(factor):
+    config = PSTConfig(target_modules=["0"], beta=factor, alpha1=factor)
+    layer = the_layer(get_peft_model(nn.Sequential(nn.Linear(300, 400)), config))
+    for name in ("pst_U", "pst_A"):
+        left = getattr(layer, name)["default"]
+        assert abs(left.std() * abs(factor or 1) - 1) < 0.05
+    assert torch.equal(layer.masked_weight("default"), layer.get_base_layer().weight)
+
+
 @pytest.mark.parametrize("kind", BASES)
 def test_merged_weight_is_the_masked_weight_with_positive_zeros(kind):
     model = adapted(kind)

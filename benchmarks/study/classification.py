@@ -56,9 +56,15 @@ def load(name: str, data_dir: Path, train_rows: int | None, max_length: int) -> 
         data,
         collator,
         "SEQ_CLS",
-        lambda folder: example.load_model(folder or source, labels),
+        lambda folder: _load_model(folder or source, labels),
         lambda model, split: accuracy(model, data[split], collator),
     )
+
+
+def _load_model(folder: str, labels: list[str]) -> PreTrainedModel:
+    model = example.load_model(folder, labels)
+    model.set_attn_implementation("eager")  # in bf16 on a CPU, the backward of the fused one is half of a step
+    return model
 
 
 @torch.no_grad()

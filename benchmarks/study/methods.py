@@ -1,5 +1,6 @@
 """How a method of the study trains: what `cells.yaml` says of it, made into a model and a Trainer."""
 
+import copy
 import math
 import sys
 import time
@@ -74,9 +75,9 @@ def train(
         trainer = make_trainer(task, with_lora(model, task), settings, epochs, seed, work, lr=lr)
     else:
         # a head that has learned is part of the frozen teacher
-        config = PSTConfig(
-            task_type=None if teacher == "free" else task.task_type, sparsity=sparsity, **choices.get("config", {})
-        )
+        task_type = None if teacher == "free" else task.task_type
+        # a copy: PEFT adds the head to modules_to_save
+        config = PSTConfig(task_type=task_type, sparsity=sparsity, **copy.deepcopy(choices.get("config", {})))
         model = get_peft_model(model, config)
         if config.importance == "wanda":
             calibrate(model, calibration_batches(task, settings["batch_size"]))
@@ -173,7 +174,7 @@ def make_trainer(
         use_cpu=not torch.accelerator.is_available(),
     )
     make_optimizer = create_pst_optimizer if sparse else create_optimizer
-    optimizer = make_optimizer(model, **({"lr": lr, "delta_lr": lr} if sparse else {"lr": lr}))
+    optimizer = make_optimizer(model, lr=lr, fused=True, **({"delta_lr": lr} if sparse else {}))
     return (PSTTrainer if sparse else Trainer)(
         model,
         arguments,
@@ -184,11 +185,13 @@ def make_trainer(
     )
 
 
-def create_optimizer(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+def create_optimizer(model: nn.Module, *, lr: float, fused: bool) -> torch.optim.Optimizer:
     """AdamW with one rate for the new head and one for everything else."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             groups["classifier" in name].append(parameter)
     rates = {False: lr, True: HEAD_LR}
-    return torch.optim.AdamW([{"params": group, "lr": rates[new]} for new, group in groups.items() if group])
+    return torch.optim.AdamW(
+        [{"params": group, "lr": rates[new]} for new, group in groups.items() if group], fused=fused
+    )

@@ -24,7 +24,7 @@ SIZES = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
-LIVE = '{"sparsity": 0.8}'
+LIVE = '{"sparsity": 0.8, "norms": true}'
 KEPT = '{"sparsity": 0.8, "budget": "global", "mask_interval": 3}'
 AST = json.dumps(
     {
