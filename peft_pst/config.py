@@ -41,7 +41,7 @@ class PSTConfig(PeftConfig):
             Rank of A @ B, PST's data-driven importance of single entries.
         beta (`float`):
             Factor of U @ V in the weight. U starts at N(0, 1 / beta²), so that V, which starts at 0, moves the weight
-            by as much whatever beta is, and U learns the faster the larger it is; under 1, the paper's, U hardly moves.
+            by as much whatever beta is, and U learns the faster the larger it is; with 1, the paper's, it hardly does.
         alpha1 (`float`):
             Factor of A @ B in PST's importance, and what beta is to U and V.
         alpha2 (`float`):
