@@ -40,10 +40,10 @@ class PSTConfig(PeftConfig):
         mask_r (`int`):
             Rank of A @ B, PST's data-driven importance of single entries.
         beta (`float`):
-            Factor of U @ V in the weight. U starts at N(0, 1 / beta²), so that V, which starts at 0, moves the weight
-            by as much whatever beta is, and U learns the faster the larger it is; with 1, the paper's, it hardly does.
+            Factor of U @ V in the weight. Above 1, U starts at N(0, 1 / beta²), so that V, which starts at 0, moves
+            the weight no faster, and U learns the faster the larger beta is; with 1, the paper's, it hardly does.
         alpha1 (`float`):
-            Factor of A @ B in PST's importance, and what beta is to U and V.
+            Factor of A @ B in PST's importance; to A and B what beta is to U and V.
         alpha2 (`float`):
             Factor of R and C, PST's importance of whole rows and columns.
         penalty (`float`):
@@ -106,13 +106,13 @@ class PSTConfig(PeftConfig):
             Which biases train: `"none"`, `"all"`, or `"pst_only"` (those of the target modules).
         norms (`bool`):
             Whether the scales and biases of the normalisation layers train too, in the blocks in which something is
-            pruned: a thousandth of the parameters, which set right what pruning does to the size of activations (PERP,
-            arXiv 2312.15230). They change as part of the adapter, and merge.
+            pruned: less than a thousandth of the parameters, which set right what pruning does to the size of
+            activations (PERP, arXiv 2312.15230). They change as part of the adapter, and merge.
         modules_to_save (`list[str]`, *optional*):
             Modules that train in full and are saved with the adapter, such as a new head.
         init_weights (`bool`):
-            `True` for the start of the method, in PST beta U, alpha1 A ~ N(0, 1) and V, B, R, C = 0, at which W' = W
-            and S = |W|.
+            `True` for the start of the method, in PST U, A ~ N(0, 1), or less if beta or alpha1 is above 1, and V, B,
+            R, C = 0, at which W' = W and S = |W|.
             `False` draws all parameters at random, for tests.
 
     Raises:

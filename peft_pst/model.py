@@ -15,6 +15,7 @@ from peft.utils import _get_submodules
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .blocks import block_lists, outermost
 from .boost import Boosted
 from .budget import set_sparsity
 from .config import PSTConfig
@@ -119,7 +120,14 @@ class PSTModel(BaseTuner):
 
     def _add_norms(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        for name in find_norms(model, self.targeted_module_names):
+        names = find_norms(model, self.targeted_module_names)
+        if not names:
+            warnings.warn(
+                f"norms=True trains nothing: the blocks of this {type(model).__name__} that are pruned have no "
+                "normalisation layer that is known. Name what they have in modules_to_save, or leave norms out.",
+                stacklevel=2,
+            )
+        for name in names:
             parent, target, target_name = _get_submodules(model, name)
             layer = target if isinstance(target, Norm) else Norm(target)
             layer.update_layer(adapter_name, config)
@@ -260,12 +268,12 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
         ValueError: if there is none.
     """
     modules = dict(model.named_modules())
-    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    lists = block_lists(modules)
     multimodal = any("language_model." in name for name in lists)
     targets, indexed, others, stacked = set(), set(), set(), []
     for name, module in modules.items():
-        outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
-        if outermost is None or (multimodal and "language_model." not in name):
+        prefix = outermost(name, lists)
+        if prefix is None or (multimodal and "language_model." not in name):
             continue
         if not isinstance(module, nn.Conv1d):
             parameters = module.named_parameters(recurse=False)
@@ -276,7 +284,7 @@ def default_target_modules(model: nn.Module, among: Container[str] | None = None
             # another adapter may be there already, around the layer
             plain_name = name.removesuffix(".base_layer")
             wanted = among is None or plain_name in among
-            index, _, below = plain_name[len(outermost) :].partition(".")
+            index, _, below = plain_name[len(prefix) :].partition(".")
             (targets if wanted else others).add(below)
             if wanted:
                 indexed.add(f"{index}.{below}")

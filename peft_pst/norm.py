@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .blocks import block_lists, outermost
 from .layer import check_one_adapter
 from .parameters import Start
 from .sharded import assign, gathered, need, whole_shape
@@ -132,22 +133,19 @@ class _Forward(nn.Module):
 
 
 def find_norms(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """The names of the normalisation layers with a scale in the blocks that the target modules are in.
-
-    A block is an entry of an `nn.ModuleList`, as in `default_target_modules`.
-    """
+    """The names of the normalisation layers with a scale in the blocks that the target modules are in."""
     modules = dict(model.named_modules())
-    lists = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+    lists = block_lists(modules)
     blocks = {block for block in (_block(name, lists) for name in targets) if block is not None}
     norms = [name for name, module in modules.items() if _is_norm(module) and not name.endswith(".base_layer")]
     return [name for name in norms if _block(name, lists) in blocks]
 
 
 def _block(name: str, lists: list[str]) -> str | None:
-    outermost = min((prefix for prefix in lists if name.startswith(prefix)), key=len, default=None)
-    return None if outermost is None else outermost + name[len(outermost) :].partition(".")[0]
+    prefix = outermost(name, lists)
+    return None if prefix is None else prefix + name[len(prefix) :].partition(".")[0]
 
 
 def _is_norm(module: nn.Module) -> bool:
-    named = isinstance(module, Norm) or re.search(r"(Layer|RMS|Group)Norm(orm)?$", type(module).__name__) is not None
+    named = isinstance(module, Norm) or re.search(r"(Layer|RMS|Group)Norm$", type(module).__name__) is not None
     return named and isinstance(getattr(module, "weight", None), nn.Parameter)

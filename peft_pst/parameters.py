@@ -23,7 +23,7 @@ class Start(NamedTuple):
 
 
 def std_under(factor: float) -> float:
-    """The deviation that the first matrix of a product starts with, such that `factor` times it has that of N(0, 1):
-    a step of the second one then changes the product by as much whatever the factor is, and the first one learns the
-    faster the larger it is."""
-    return 1 / abs(factor) if factor else 1.0
+    """The deviation that the first matrix of a product starts with, which is multiplied by `factor`: 1, or what makes
+    it 1 with a larger factor. A step of the second matrix then changes the product no more than under 1, and the first
+    one learns the faster the larger the factor is."""
+    return 1 / max(1.0, abs(factor))

@@ -53,6 +53,11 @@ def test_blocks_that_are_left_out_keep_their_norms(bert):
     assert all("layer.1." in name for name in changes(get_peft_model(bert(), config)))
 
 
+def test_where_there_is_no_norm_a_warning_says_so():
+    with pytest.warns(UserWarning, match="norms=True trains nothing: .* this Sequential .* in modules_to_save"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PSTConfig(norms=True, target_modules=["0"]))
+
+
 def test_norms_of_other_architectures_are_found():
     t5 = T5ForConditionalGeneration(
         T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, decoder_start_token_id=0)
@@ -147,7 +152,7 @@ def test_adapters_have_norms_of_their_own(bert, tokens):
     assert not any(name.endswith(".other") for name in changes(model))
 
 
-def test_they_train_in_the_dtype_of_the_optimizer_below_the_models(bert, tokens):
+def test_small_steps_count_under_a_bf16_model(bert, tokens):
     model = get_peft_model(bert().bfloat16(), PSTConfig(norms=True, sparsity=0.5))
     assert {parameter.dtype for parameter in changes(model).values()} == {torch.float32}
     optimizer, scheduler = create_pst_optimizer(model, head_lr=1e-4), SparsityScheduler(model, total_steps=3)
