@@ -104,12 +104,16 @@ class PSTConfig(PeftConfig):
             Name of the list that holds the blocks, for `layers_to_transform`, if it is not a common one.
         bias (`str`):
             Which biases train: `"none"`, `"all"`, or `"pst_only"` (those of the target modules).
-        norms (`bool`):
-            Whether the scales and biases of the normalisation layers train too, in the blocks in which something is
-            pruned: less than a thousandth of the parameters, which set right what pruning does to the size of
-            activations (PERP, arXiv 2312.15230). They change as part of the adapter, and merge.
+        norms (`bool`, *optional*):
+            Whether the scales and biases of the normalisation layers (LayerNorm, RMSNorm and GroupNorm of any make)
+            train too, in the blocks in which something is pruned: less than a thousandth of the parameters, which set
+            right what pruning does to the size of activations (PERP, arXiv 2312.15230). They change as part of the
+            adapter, and merge. By default they do; with False, as in the paper, they do not.
         modules_to_save (`list[str]`, *optional*):
-            Modules that train in full and are saved with the adapter, such as a new head.
+            Modules that train in full and are saved with the adapter. With `task_type="SEQ_CLS"` PEFT adds the head,
+            by its names `classifier` and `score`. By default, and as long as `target_modules` is left out too, heads
+            of other names and what lies between the blocks and the head, such as BERT's pooler, are then added as
+            well: dense fine-tuning trains them, and a new one that stayed frozen would be noise.
         init_weights (`bool`):
             `True` for the start of the method, in PST U, A ~ N(0, 1), or less if beta or alpha1 is above 1, and V, B,
             R, C = 0, at which W' = W and S = |W|.
@@ -158,13 +162,15 @@ class PSTConfig(PeftConfig):
         default=None, metadata={"help": "Name of the list that holds the blocks, for layers_to_transform."}
     )
     bias: str = field(default="none", metadata={"help": f"Which biases train: one of {list(BIAS)}."})
-    norms: bool = field(default=False, metadata={"help": "Whether normalisation layers train too."})
+    norms: bool | None = field(default=None, metadata={"help": "Whether normalisation layers train too; they do."})
     modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules that train in full and are saved with the adapter."}
     )
     init_weights: bool = field(default=True, metadata={"help": "The paper's start, or a random one for tests."})
 
     def __post_init__(self) -> None:
+        if self.norms is None:
+            self.norms = self.peft_version is None  # PEFT sets it below; an adapter that was saved has what it has
         super().__post_init__()
         self.base_mismatch_warned = False  # shared by the layers of an adapter, so that one of them warns
         self.peft_type = PeftType("PST")

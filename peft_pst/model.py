@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .blocks import block_lists, outermost
-from .boost import Boosted
 from .budget import set_sparsity
 from .config import PSTConfig
 from .coupling import Coupling, find_couplings
@@ -30,6 +29,10 @@ from .patterns import COUPLED, parse_pattern
 from .quantized import check_quantized, dense_dtype, is_quantized, make_dense
 from .sharded import check_launch, gathered, is_partitioned
 from .sparse.quantizer import describe_boosts
+
+# what lies between the blocks and the logits of a classifier: the names that PEFT knows, and others of transformers
+HEADS_OF_PEFT = ["classifier", "score"]
+OTHER_HEADS = ["pooler", "pre_classifier", "sequence_summary", "classification_head", "logits_proj"]
 
 # they decide which expert runs: tiny, and pruning them saves nothing
 ROUTERS = ("router", "gate", "shared_expert_gate")
@@ -120,14 +123,7 @@ class PSTModel(BaseTuner):
 
     def _add_norms(self, model: nn.Module, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        names = find_norms(model, self.targeted_module_names)
-        if not names:
-            warnings.warn(
-                f"norms=True trains nothing: the blocks of this {type(model).__name__} that are pruned have no "
-                "normalisation layer that is known. Name what they have in modules_to_save, or leave norms out.",
-                stacklevel=2,
-            )
-        for name in names:
+        for name in find_norms(model, self.targeted_module_names):
             parent, target, target_name = _get_submodules(model, name)
             layer = target if isinstance(target, Norm) else Norm(target)
             layer.update_layer(adapter_name, config)
@@ -152,6 +148,9 @@ class PSTModel(BaseTuner):
         return output
 
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
+        classifies = peft_config.task_type == "SEQ_CLS" and peft_config.modules_to_save == HEADS_OF_PEFT
+        if peft_config.target_modules is None and classifies:
+            peft_config.modules_to_save = HEADS_OF_PEFT + OTHER_HEADS
         if peft_config.target_modules is None and peft_config.coupled_modules is not None:
             peft_config.target_modules = {name for structure in peft_config.coupled_modules for name in structure}
         if peft_config.target_modules is None:
@@ -199,10 +198,10 @@ class PSTModel(BaseTuner):
         return model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, Boosted):
-            setattr(parent, child_name, new_module)  # PEFT would give it the weight that lies inside
-        else:
+        if isinstance(new_module, self.tuner_layer_cls):
             super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)  # PEFT would give it a weight, and heads and boosts have none
 
     def _coupling(self, peft_config: PSTConfig, key: str) -> Coupling:
         """The coupling of a target, all of whose partners are targets too."""

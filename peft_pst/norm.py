@@ -63,6 +63,11 @@ class Norm(nn.Module, BaseTunerLayer):
             found[name] = (whole + change).to(whole.dtype)
         return found
 
+    def effective(self) -> dict[str, Tensor]:
+        """The scale and the bias that the layer computes with."""
+        active = None if self.disable_adapters or self.merged else self._active
+        return dict(self._own()) if active is None else self.changed(active)
+
     @property
     def _active(self) -> str | None:
         own = [name for name in self.active_adapters if name in self.pst_norm_weight]

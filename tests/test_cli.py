@@ -125,7 +125,7 @@ def test_plan(folders, run, tmp_path):
     found = json.loads((tmp_path / "plan.json").read_text())
     adapter = load_file(folders / "adapter" / "adapter_model.safetensors")
     factors = sum(tensor.numel() for name, tensor in adapter.items() if tensor.is_floating_point() and "pst" in name)
-    head = 2 * 32 + 2
+    head = 2 * 32 + 2 + 32 * 32 + 32  # with the pooler
     assert found["trainings"][0]["trainable"] == factors + head
     code, printed = run("plan", folders / "base", "--batch-size", "0")
     assert code == 1 and printed.startswith("Error: batch_size=0")

@@ -38,24 +38,19 @@ def changed(model, std=0.3):
 
 
 def test_the_norms_of_the_blocks_that_are_pruned_change(bert):
-    model = get_peft_model(bert(), PSTConfig(norms=True))
+    model = get_peft_model(bert(), PSTConfig())
     names = {f"base_model.model.bert.encoder.layer.{i}.{norm}" for i in (0, 1) for norm in IN_A_BLOCK}
     expected = {f"{name}.pst_norm_{of}.default" for name in names for of in ("weight", "bias")}
     assert changes(model).keys() == expected
     assert all(parameter.requires_grad and not parameter.any() for parameter in changes(model).values())
     assert not any("Norm" in name for name in model.base_model.targeted_module_names)
     assert not any(p.requires_grad for name, p in model.named_parameters() if "pst_" not in name)
-    assert not changes(get_peft_model(bert(), PSTConfig()))
+    assert not changes(get_peft_model(bert(), PSTConfig(norms=False)))
 
 
 def test_blocks_that_are_left_out_keep_their_norms(bert):
-    config = PSTConfig(norms=True, target_modules=["query"], layers_to_transform=[1])
+    config = PSTConfig(target_modules=["query"], layers_to_transform=[1])
     assert all("layer.1." in name for name in changes(get_peft_model(bert(), config)))
-
-
-def test_where_there_is_no_norm_a_warning_says_so():
-    with pytest.warns(UserWarning, match="norms=True trains nothing: .* this Sequential .* in modules_to_save"):
-        get_peft_model(nn.Sequential(nn.Linear(4, 4)), PSTConfig(norms=True, target_modules=["0"]))
 
 
 def test_norms_of_other_architectures_are_found():
@@ -75,7 +70,7 @@ def test_norms_of_other_architectures_are_found():
 def test_the_output_is_that_of_a_model_with_other_scales(make, tokens):
     sizes = {**SMALL, "head_dim": 8, "num_key_value_heads": 4}
     base = make(LlamaConfig(**sizes) if make is LlamaForCausalLM else GemmaConfig(**sizes)).double().eval()
-    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig(norms=True)))
+    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig()))
     for name, parameter in changes(model).items():
         of = name.removeprefix("base_model.model.").replace(".pst_norm_weight.default", ".weight")
         base.get_parameter(of).data += parameter.data.double()
@@ -83,7 +78,7 @@ def test_the_output_is_that_of_a_model_with_other_scales(make, tokens):
 
 
 def test_the_gradient_is_that_of_the_layers_own_parameters(bert, tokens):
-    model = get_peft_model(bert(), PSTConfig(norms=True)).train(False)
+    model = get_peft_model(bert(), PSTConfig()).train(False)
     model(tokens, labels=torch.tensor([0, 1])).loss.backward()
     plain = bert().eval()
     plain(tokens, labels=torch.tensor([0, 1])).loss.backward()
@@ -93,7 +88,7 @@ def test_the_gradient_is_that_of_the_layers_own_parameters(bert, tokens):
 
 
 def test_an_adapter_is_saved_with_its_norms(bert, tokens, tmp_path):
-    model = changed(get_peft_model(bert(), PSTConfig(norms=True))).eval()
+    model = changed(get_peft_model(bert(), PSTConfig())).eval()
     expected = model(tokens).logits
     model.save_pretrained(tmp_path)
     for low_cpu_mem_usage in (False, True):
@@ -106,7 +101,7 @@ def test_an_adapter_is_saved_with_its_norms(bert, tokens, tmp_path):
 
 def test_a_teacher_without_the_adapter_has_its_own_norms(bert, tokens):
     base = bert().eval()
-    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig(norms=True))).eval()
+    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig())).eval()
     assert not torch.equal(model(tokens).logits, base(tokens).logits)
     with model.disable_adapter():
         assert torch.equal(model(tokens).logits, base(tokens).logits)
@@ -114,7 +109,7 @@ def test_a_teacher_without_the_adapter_has_its_own_norms(bert, tokens):
 
 def test_merging_gives_a_plain_model_and_unmerging_the_old_one(bert, tokens):
     base = bert().eval()
-    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig(norms=True))).eval()
+    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig())).eval()
     expected = model(tokens).logits
     model.merge_adapter()
     torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=1e-6)
@@ -129,7 +124,7 @@ def test_merging_gives_a_plain_model_and_unmerging_the_old_one(bert, tokens):
 
 
 def test_a_safe_merge_refuses_a_broken_norm(bert):
-    model = get_peft_model(bert(), PSTConfig(norms=True))
+    model = get_peft_model(bert(), PSTConfig())
     next(iter(changes(model).values())).data[0] = torch.nan
     with pytest.raises(ValueError, match="NaNs detected .* default seems to be broken"):
         model.merge_and_unload(safe_merge=True)
@@ -137,10 +132,10 @@ def test_a_safe_merge_refuses_a_broken_norm(bert):
 
 def test_adapters_have_norms_of_their_own(bert, tokens):
     base = bert().eval()
-    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig(norms=True))).eval()
+    model = changed(get_peft_model(copy.deepcopy(base), PSTConfig())).eval()
     expected = model(tokens).logits
-    model.add_adapter("other", PSTConfig(norms=True))
-    model.add_adapter("none", PSTConfig())
+    model.add_adapter("other", PSTConfig())
+    model.add_adapter("none", PSTConfig(norms=False))
     assert not any(p.requires_grad for name, p in changes(model).items() if name.endswith(".other"))
     for name in ("other", "none"):
         model.set_adapter(name)
@@ -153,7 +148,7 @@ def test_adapters_have_norms_of_their_own(bert, tokens):
 
 
 def test_small_steps_count_under_a_bf16_model(bert, tokens):
-    model = get_peft_model(bert().bfloat16(), PSTConfig(norms=True, sparsity=0.5))
+    model = get_peft_model(bert().bfloat16(), PSTConfig(sparsity=0.5))
     assert {parameter.dtype for parameter in changes(model).values()} == {torch.float32}
     optimizer, scheduler = create_pst_optimizer(model, head_lr=1e-4), SparsityScheduler(model, total_steps=3)
     for _ in range(3):  # steps of 1e-4 beside a scale of 1, which bf16 rounds away
@@ -166,7 +161,7 @@ def test_small_steps_count_under_a_bf16_model(bert, tokens):
 
 
 def test_a_compiled_step_has_no_break_and_the_same_gradients(bert, tokens):
-    model = changed(get_peft_model(bert(), PSTConfig(norms=True, initial_sparsity=0.5))).eval()
+    model = changed(get_peft_model(bert(), PSTConfig(initial_sparsity=0.5))).eval()
     labels, gradients = torch.tensor([0, 1]), []
     for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
         model.zero_grad()

@@ -23,7 +23,8 @@ def test_each_kind_of_parameter_has_a_learning_rate_of_its_own(bert, importance,
     optimizer = create_pst_optimizer(model, lr=1.0, delta_lr=2.0, score_lr=3.0, head_lr=4.0)
     names = {id(p): name.split(".")[-2] for name, p in model.named_parameters()}
     rates = {names[id(p)]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    expected = {"pst_U": 1.0, "pst_V": 1.0, "pst_D": 2.0, "pst_S": 3.0, "pst_log_alpha": 3.0, "default": 4.0}
+    expected = {"pst_U": 1.0, "pst_V": 1.0, "pst_D": 2.0, "pst_S": 3.0, "pst_log_alpha": 3.0}
+    expected |= dict.fromkeys(("pst_norm_weight", "pst_norm_bias", "default", "dense"), 4.0)
     assert rates == {name: expected[name] for name in rates}
     assert sum(len(group["params"]) for group in optimizer.param_groups) == sum(
         p.requires_grad for p in model.parameters()

@@ -302,7 +302,11 @@ def test_the_task_is_that_of_adapter_architecture_or_kind_of_model():
         ({"config": ViTConfig()}, ValueError, "ViTConfig has no model"),
         ({"config": "bert"}, TypeError, "got a str"),
         ({"pst_config": PSTConfig(task_type="FEATURE_EXTRACTION")}, ValueError, "no model for .*FEATURE_EXTRACTION"),
-        ({"config": LLAMA, "pst_config": PSTConfig(importance="wanda", update="none")}, ValueError, "trains nothing"),
+        (
+            {"config": LLAMA, "pst_config": PSTConfig(importance="wanda", update="none", norms=False)},
+            ValueError,
+            "trains nothing",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_said(arguments, error, message):

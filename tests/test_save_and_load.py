@@ -109,7 +109,8 @@ def test_the_file_holds_the_factors_the_budget_and_the_fingerprint(saved):
     update = {"low_rank": {"pst_U", "pst_V"}, "full": {"pst_D"}}[config.update]
     importance = {"movement": {"pst_S"}, "l0": {"pst_log_alpha"}, "pst": {"pst_A", "pst_B", "pst_R", "pst_C"}}
     mask = {"pst_mask"} if config.keeps_masks else set()
-    assert kinds == update | importance[config.importance] | mask | {"pst_num_pruned", "pst_fingerprint"}
+    others = {"pst_norm_weight", "pst_norm_bias", "pst_num_pruned", "pst_fingerprint"}
+    assert kinds == update | importance[config.importance] | mask | others
     assert all(v.dtype == torch.int64 for k, v in state.items() if k.endswith(("num_pruned", "fingerprint")))
 
 

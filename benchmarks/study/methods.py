@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 import text_classification as example
 
 HEAD_LR = 1e-3
-"""Of a new head, in every method; `create_pst_optimizer`'s."""
+"""Of a head, in every method; `create_pst_optimizer`'s."""
 
 
 class PSTWithoutMagnitude(PST):
@@ -63,7 +63,7 @@ def train(
         tuned: the folder of a dense model of the task, for a tuned teacher.
     """
     set_seed(seed)
-    epochs, kind, teacher = settings["epochs"], choices.get("kind"), choices.get("teacher")
+    epochs, kind = settings["epochs"], choices.get("kind")
     model, steps, start = task.load_model(None), 0, time.perf_counter()
     if learned := choices.get("learned", 0.0):
         trainer = make_trainer(task, with_lora(model, task), settings, learned * epochs, seed, work, lr=lr)
@@ -74,10 +74,8 @@ def train(
     elif kind == "lora":
         trainer = make_trainer(task, with_lora(model, task), settings, epochs, seed, work, lr=lr)
     else:
-        # a head that has learned is part of the frozen teacher
-        task_type = None if teacher == "free" else task.task_type
         # a copy: PEFT adds the head to modules_to_save
-        config = PSTConfig(task_type=task_type, sparsity=sparsity, **copy.deepcopy(choices.get("config", {})))
+        config = PSTConfig(task_type=task.task_type, sparsity=sparsity, **copy.deepcopy(choices.get("config", {})))
         model = get_peft_model(model, config)
         if config.importance == "wanda":
             calibrate(model, calibration_batches(task, settings["batch_size"]))
@@ -108,10 +106,12 @@ def train(
 
 
 def with_lora(model: PreTrainedModel, task: Task) -> nn.Module:
-    """LoRA on the layers that PST would train, by PEFT's defaults otherwise."""
-    targets = get_peft_model(model, PSTConfig()).base_model
-    names = targets.targeted_module_names
-    return get_peft_model(targets.unload(), LoraConfig(task_type=task.task_type, target_modules=names))
+    """LoRA on the layers that PST would train, with the same head, by PEFT's defaults otherwise."""
+    pst = get_peft_model(model, PSTConfig(task_type=task.task_type))
+    names, head = pst.base_model.targeted_module_names, pst.peft_config["default"].modules_to_save
+    return get_peft_model(
+        pst.unload(), LoraConfig(task_type=task.task_type, target_modules=names, modules_to_save=head)
+    )
 
 
 def distillation(task: Task, choices: dict[str, Any], tuned: Path | None) -> DistillationConfig | None:
@@ -186,11 +186,11 @@ def make_trainer(
 
 
 def create_optimizer(model: nn.Module, *, lr: float, fused: bool) -> torch.optim.Optimizer:
-    """AdamW with one rate for the new head and one for everything else."""
+    """AdamW with one rate for the head and one for everything else."""
     groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups["classifier" in name].append(parameter)
+            groups["classifier" in name or "modules_to_save" in name].append(parameter)
     rates = {False: lr, True: HEAD_LR}
     return torch.optim.AdamW(
         [{"params": group, "lr": rates[new]} for new, group in groups.items() if group], fused=fused

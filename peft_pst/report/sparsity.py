@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..boost import Boosted
 from ..layer import PSTLayer
 from ..model import is_plain_linear
+from ..norm import Norm
 from ..sparse.linear import SparseLinear
 
 
@@ -108,10 +109,13 @@ def _prunes(module: nn.Module) -> bool:
 
 
 def remaining_parameters(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    """The parameters of a model beside the weights of these modules, as it is without an adapter; tied ones once."""
+    """The parameters of a model beside the weights of these modules, with what an adapter makes of norms and without
+    new heads; tied ones once."""
     counted = {id(p) for name in names for p in _weights(model.get_submodule(name))}
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, Norm)]
+    changed = {f"{name}.base_layer.{own}": value for name, norm in norms for own, value in norm.effective().items()}
     return [
-        parameter
+        changed.get(name, parameter)
         for name, parameter in model.named_parameters()
         if id(parameter) not in counted and ".pst_" not in name and ".modules_to_save." not in name
     ]

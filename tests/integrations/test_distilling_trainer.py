@@ -194,7 +194,8 @@ def test_the_trainer_makes_the_optimizer_with_the_learning_rates_given(tmp_path)
         found |= {id(parameter): group["lr"] for parameter in group["params"]}
     trained = {name.removesuffix(".default"): p for name, p in model.named_parameters() if p.requires_grad}
     rates = {name.rpartition(".")[2]: found[id(p)] for name, p in trained.items()}
-    assert rates == {"pst_D": 3e-5, "pst_A": 2e-4, "pst_B": 2e-4, "pst_R": 2e-4, "pst_C": 2e-4, "weight": 5e-3}
+    others = {"weight": 5e-3, "pst_norm_weight": 5e-3}
+    assert rates == {"pst_D": 3e-5, "pst_A": 2e-4, "pst_B": 2e-4, "pst_R": 2e-4, "pst_C": 2e-4, **others}
     with pytest.raises(ValueError, match="leave out one of the two"):
         PSTTrainer(
             model,
