@@ -56,7 +56,7 @@ def train(method: str, data: Dataset, test: Dataset, args: argparse.Namespace) -
     if args.masked_decay is not None and make is PSTConfig.ast:
         choices = {**choices, "masked_decay": args.masked_decay}
     set_seed(args.seed)
-    model = get_peft_model(example.load_model(None)[0], make(task_type="CAUSAL_LM", **choices))
+    model = get_peft_model(example.load_model(None)[0], make(task_type="CAUSAL_LM", norms=False, **choices))
     start = time.perf_counter()
     trainer = example.train(model, data, args, distillation)
     found = {"minutes": (time.perf_counter() - start) / 60, "tokens": args.max_steps * args.batch_size * args.length}

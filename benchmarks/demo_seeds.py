@@ -1,6 +1,6 @@
-"""The demo over several seeds: mean and spread of the accuracy, dense and sparse.
+"""The demo over several seeds: mean and spread of the accuracy, dense and sparse. What has run is not run again.
 
-python benchmarks/demo_seeds.py
+.venv-transformers5/bin/python benchmarks/demo_seeds.py
 """
 
 import argparse
@@ -25,8 +25,9 @@ def main() -> None:
     accuracy = {"dense": [], "pst": []}
     for seed in tqdm(args.seeds, desc="seeds"):
         folder = args.output / str(seed)
-        command = [sys.executable, SCRIPT, "--seed", str(seed), "--output", folder, *others]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        if not (folder / "results.json").exists():
+            command = [sys.executable, SCRIPT, "--seed", str(seed), "--output", folder, *others]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         results = json.loads((folder / "results.json").read_text())
         for name, values in accuracy.items():
             values.append(100 * results[name]["accuracy"])

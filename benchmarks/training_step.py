@@ -1,9 +1,9 @@
 """The training step of PST beside the plain formula under autograd, LoRA, full fine-tuning, and other sparse methods.
 
 One transformer encoder of BERT-base width (768, FFN 3072, 12 heads; random weights, two layers) takes whole optimizer
-steps, AdamW and the schedule's step included, in each way. The steps are interleaved, so that a machine that slows
-down slows all of them; the figures are medians of CPU time. Bytes saved for backward are those of tensors that
-autograd keeps between forward and backward, without parameters and buffers.
+steps, AdamW and the schedule's step included, in each way; only the target layers train, as under LoRA. The steps are
+interleaved, so that a machine that slows down slows all of them; the figures are medians of CPU time. Bytes saved for
+backward are those of tensors that autograd keeps between forward and backward, without parameters and buffers.
 
     python benchmarks/training_step.py
     python benchmarks/training_step.py --methods --tokens 8x128
@@ -82,7 +82,7 @@ def plain(model: nn.Module) -> nn.Module:
 
 def pst(model: nn.Module, **choices: object) -> nn.Module:
     """Sparse training at its final sparsity, 0.9 or what N:M implies, from the first step on."""
-    config = PSTConfig(schedule="constant", **{"target_modules": TARGETS, **choices})
+    config = PSTConfig(schedule="constant", norms=False, **{"target_modules": TARGETS, **choices})
     model = get_peft_model(model, config)
     if config.importance == "wanda":
         calibrate(model, [{"hidden_states": torch.randn(2, 16, 768)}])
