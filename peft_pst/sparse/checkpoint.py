@@ -17,7 +17,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..boost import Boosted
 from ..merged import check_merged
 from ..sharded import gathered, is_sharded
 from .files import replacing
@@ -67,8 +66,7 @@ def save_pretrained(
     Raises:
         TypeError: if it is no model of transformers, or its weights are quantized.
         ValueError: if an adapter is not merged yet, the model is not all in memory, the format is unknown or has no
-            place for the model's boosts, a head that is tied to the embedding has one, or the folder is that of an
-            adapter.
+            place for the model's boosts, or the folder is that of an adapter.
     """
     _check(model, format)
     sharded = any(is_sharded(tensor) for tensor in model.state_dict(keep_vars=True).values())
@@ -105,12 +103,6 @@ def _check(model: nn.Module, format: str) -> None:
         raise ValueError(
             f"The model has low-rank boosts, such as that of {boosted!r}, and format='dense' has no place for them: "
             "save it with format='auto', which opens after `import peft_pst`, or train it with PSTConfig(boost=None)."
-        )
-    head = model.get_output_embeddings() if boosted is not None else None
-    if isinstance(head, Boosted) and head.weight is model.get_input_embeddings().weight:
-        raise ValueError(
-            "The model's head has a low-rank boost and shares its weight with the embedding, which transformers "
-            "cannot open: leave the head out of target_modules, or open the base model with tie_word_embeddings=False."
         )
 
 

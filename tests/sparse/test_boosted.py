@@ -186,10 +186,9 @@ def test_a_head(tmp_path):
     save_pretrained(model, tmp_path / "untied")
     again = type(model).from_pretrained(tmp_path / "untied")
     assert "lm_head" in boosts(again) and torch.equal(logits(densify(again)), logits(model))
-    tied = boosted(base("llama", tie_word_embeddings=True), target_modules=["q_proj", "lm_head"]).merge_and_unload()
-    with pytest.raises(ValueError, match="head has a low-rank boost and shares its weight with the embedding"):
-        save_pretrained(tied, tmp_path / "tied")
-    assert not (tmp_path / "tied").exists()
+    tied = base("llama", tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="'lm_head' would get a low-rank boost, and shares its weight with the embed"):
+        boosted(tied, target_modules=["q_proj", "lm_head"])
 
 
 def test_other_checkpoints_have_no_entry(tmp_path):
