@@ -180,7 +180,6 @@ def test_dense_has_no_place_for_a_boost(tmp_path):
     assert not (tmp_path / "dense").exists()
 
 
-@pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings=True`")
 def test_a_head(tmp_path):
     model = boosted(base("llama"), target_modules=["q_proj", "lm_head"]).merge_and_unload()
     save_pretrained(model, tmp_path / "untied")
