@@ -89,7 +89,6 @@ def train(
             seed,
             work,
             lr=lr,
-            scheduler=choices.get("scheduler", "linear"),
             distillation=distillation(task, choices, tuned),
         )
     trainer.train()
@@ -153,7 +152,6 @@ def make_trainer(
     work: Path,
     *,
     lr: float,
-    scheduler: str = "linear",
     **kwargs: Any,
 ) -> Trainer:
     """The Trainer of README.md, in bf16: AdamW, a linear decay, one rate for the update and one for a new head."""
@@ -164,8 +162,6 @@ def make_trainer(
         max_steps=steps,
         per_device_train_batch_size=settings["batch_size"],
         train_sampling_strategy="group_by_length",
-        lr_scheduler_type=scheduler,
-        lr_scheduler_kwargs={"num_decay_steps": round(0.3 * steps)} if scheduler == "warmup_stable_decay" else None,
         save_strategy="no",
         logging_steps=max(1, steps // 20),
         report_to="none",
