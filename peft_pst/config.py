@@ -111,9 +111,9 @@ class PSTConfig(PeftConfig):
             adapter, and merge. By default they do; with False, as in the paper, they do not.
         modules_to_save (`list[str]`, *optional*):
             Modules that train in full and are saved with the adapter. With `task_type="SEQ_CLS"` PEFT adds the head,
-            by its names `classifier` and `score`. By default, and as long as `target_modules` is left out too, heads
-            of other names and what lies between the blocks and the head, such as BERT's pooler, are then added as
-            well: dense fine-tuning trains them, and a new one that stayed frozen would be noise.
+            by its names `classifier` and `score`. By default heads of other names and what lies between the blocks
+            and the head, such as BERT's pooler, are then added as well: dense fine-tuning trains them, and a new one
+            that stayed frozen would be noise.
         init_weights (`bool`):
             `True` for the start of the method, in PST U, A ~ N(0, 1), or less if beta or alpha1 is above 1, and V, B,
             R, C = 0, at which W' = W and S = |W|.
@@ -169,8 +169,9 @@ class PSTConfig(PeftConfig):
     init_weights: bool = field(default=True, metadata={"help": "The paper's start, or a random one for tests."})
 
     def __post_init__(self) -> None:
+        self.is_new = self.peft_version is None  # PEFT sets it below; an adapter that was saved has what it has
         if self.norms is None:
-            self.norms = self.peft_version is None  # PEFT sets it below; an adapter that was saved has what it has
+            self.norms = self.is_new
         super().__post_init__()
         self.base_mismatch_warned = False  # shared by the layers of an adapter, so that one of them warns
         self.peft_type = PeftType("PST")

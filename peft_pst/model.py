@@ -149,7 +149,7 @@ class PSTModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PSTConfig, model_config: dict) -> PSTConfig:
         classifies = peft_config.task_type == "SEQ_CLS" and peft_config.modules_to_save == HEADS_OF_PEFT
-        if peft_config.target_modules is None and classifies:
+        if peft_config.is_new and classifies:
             peft_config.modules_to_save = HEADS_OF_PEFT + OTHER_HEADS
         if peft_config.target_modules is None and peft_config.coupled_modules is not None:
             peft_config.target_modules = {name for structure in peft_config.coupled_modules for name in structure}

@@ -1,5 +1,7 @@
 """The heads of classifiers: all that lies between the blocks and the logits trains, and merges."""
 
+import json
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
@@ -76,9 +78,23 @@ def test_the_whole_head_trains_and_merges(model_type, tmp_path):
     assert merged.state_dict().keys() == classifier(model_type).state_dict().keys()
 
 
-@pytest.mark.parametrize(
-    "choices", [{"modules_to_save": ["classifier"]}, {"target_modules": ["query"]}, {"task_type": "TOKEN_CLS"}]
-)
+def test_the_whole_head_trains_where_the_targets_are_narrowed():
+    model = get_peft_model(classifier("bert"), PSTConfig(task_type="SEQ_CLS", target_modules=["query"]))
+    assert heads(model) == HEADS["bert"]
+
+
+def test_an_adapter_saved_before_the_whole_head_trained_stays_as_it_is(tmp_path):
+    get_peft_model(classifier("bert"), PSTConfig(task_type="SEQ_CLS", modules_to_save=["classifier"])).save_pretrained(
+        tmp_path
+    )
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({**config, "modules_to_save": ["classifier", "score"]}))
+    model = PeftModel.from_pretrained(classifier("bert"), tmp_path, is_trainable=True)
+    assert heads(model) == {"classifier"}
+
+
+@pytest.mark.parametrize("choices", [{"modules_to_save": ["classifier"]}, {"task_type": "TOKEN_CLS"}])
 def test_what_is_chosen_otherwise_is_left_to_peft(choices):
     model = get_peft_model(classifier("bert"), PSTConfig(**{"task_type": "SEQ_CLS", **choices}))
     assert heads(model) == {"classifier"}
