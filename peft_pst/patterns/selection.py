@@ -4,6 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..gpu import has_kernels
+
 
 def keep_largest(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
     """Prune the `num_pruned` least important entries.
@@ -22,6 +24,8 @@ def keep_largest(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
     importance = importance.detach()
     if importance.dtype in (torch.float16, torch.bfloat16):
         importance = importance.float()  # exact, and numpy knows no bfloat16
+    if importance.dtype == torch.float32 and has_kernels(importance.device):
+        return _mask_triton(importance, num_pruned)
     if importance.device.type != "cpu":
         return _mask_torch(importance, num_pruned)
     num_pruned = int(num_pruned)
@@ -44,3 +48,9 @@ def _mask_torch(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
     order = importance.flatten().argsort(stable=True)
     keep = torch.arange(order.numel(), device=order.device) >= num_pruned
     return torch.empty_like(keep).scatter_(0, order, keep).view(importance.shape)
+
+
+def _mask_triton(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
+    from ..gpu.selection import keep_largest as by_kernels
+
+    return by_kernels(importance, num_pruned)

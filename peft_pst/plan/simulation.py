@@ -21,7 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .. import functional
 from ..budget import Target, _set_sparsity
+from ..functional import Method
+from ..gpu import fused
 from ..layer import PSTLayer
 from ..patterns import COUPLED, bits, selection
 from .sharding import CATEGORIES, Shares
@@ -146,14 +149,19 @@ def _kernels(device: Device) -> Iterator[None]:
     Tensors without contents are on a CPU as far as torch knows, which is right for everything else.
     """
     attention, dropout = F.scaled_dot_product_attention, F.dropout
-    mask, pack, unpack = _mask_numpy, _pack_numpy, _unpack_numpy
+    pack, unpack = _pack_numpy, _unpack_numpy
     if device == "cuda":
         attention, dropout = partial(_fused_attention, attention), _fused_dropout
-        mask, pack, unpack = selection._mask_torch, bits._pack_torch, bits._unpack_torch
+        pack, unpack = bits._pack_torch, bits._unpack_torch
     with (
         patch.object(F, "scaled_dot_product_attention", attention),
         patch.object(F, "dropout", dropout),
-        patch.object(selection, "_mask_numpy", mask),
+        patch.object(fused, "has_kernels", lambda _: device == "cuda"),
+        patch.object(functional, "select", _select),
+        patch.object(functional, "FusedRebuilt", _Rebuilt),
+        patch.object(selection, "has_kernels", lambda _: device == "cuda"),
+        patch.object(selection, "_mask_triton", _mask_triton),
+        patch.object(selection, "_mask_numpy", _mask_numpy),
         patch.object(bits, "_pack_numpy", pack),
         patch.object(bits, "_unpack_numpy", unpack),
     ):
@@ -187,8 +195,41 @@ def _mask_numpy(importance: Tensor, num_pruned: int) -> Tensor:
     return importance > threshold
 
 
-def _pack_numpy(flat: Tensor) -> Tensor:
-    return flat.new_empty(-(-flat.numel() // 8), dtype=torch.uint8)
+def _mask_triton(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
+    _count_ties(importance)
+    return torch.empty_like(importance, dtype=torch.bool)
+
+
+def _count_ties(importance: Tensor) -> None:
+    counts = importance.new_empty(-(-importance.numel() // 128), dtype=torch.int32)
+    counts.cumsum(0, dtype=torch.int32) - counts
+
+
+def _select(
+    method: Method, weight: Tensor, num_pruned: Tensor | int, arguments: tuple[Tensor, ...], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    masked, packed = weight.new_empty(weight.shape, dtype=dtype), _pack_numpy(weight)
+    _count_ties(weight)
+    return masked, packed
+
+
+class _Rebuilt(fused.Rebuilt):
+    def masked(self, dtype: torch.dtype) -> Tensor:
+        return self.weight.new_empty(self.weight.shape, dtype=dtype)
+
+    def gradients(self, G: Tensor) -> tuple[None, tuple[Tensor, ...]]:
+        U, V, A, *_ = self.arguments
+        (n, k), width = self.weight.shape, U.shape[1] + A.shape[1] + 1
+        rows, columns = fused.CHUNK
+        of_rows = U.new_empty((-(-k // columns), n, width)).sum(0)
+        of_columns = V.new_empty((-(-n // rows), width, k)).sum(0)
+        sizes = U.shape[1], A.shape[1], 1
+        (dU, dA, dR), (dV, dB, dC) = of_rows.split(sizes, dim=1), of_columns.split(sizes)
+        return None, (dU, dV, dA, dB, dR[:, 0], dC[0])
+
+
+def _pack_numpy(mask: Tensor) -> Tensor:
+    return mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8)
 
 
 def _unpack_numpy(packed: Tensor, numel: int) -> Tensor:

@@ -1,0 +1,20 @@
+"""Kernels for GPUs, in Triton, which torch's builds for CUDA bring. Under Triton's interpreter (TRITON_INTERPRET=1)
+they run on a CPU as well, slowly: there the tests prove them."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether tensors of a device go through the kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return _multiplies_tf32(device) if device.type == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def _multiplies_tf32(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)

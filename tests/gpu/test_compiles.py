@@ -1,0 +1,59 @@
+"""The kernels become machine code of both generations of GPUs that have tf32 and bf16, without a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import functools, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:
+    get_current_target = lambda self: GPUTarget("cuda", int(sys.argv[1]), 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Driver())
+compiled, run = [], JITFunction.run
+
+def warmup(self, *args, **kwargs):
+    kernel = run(self, *args, **{**kwargs, "warmup": True})
+    compiled.append((self.__name__, kernel.metadata.shared, len(kernel.asm["cubin"])))
+
+JITFunction.run = warmup
+
+from peft_pst.gpu import selection, step
+
+selection.keep_largest(torch.randn(64, 128), torch.tensor(9))
+for dtype in (torch.float32, torch.bfloat16):
+    weight = torch.randn(64, 128).to(dtype)
+    factors = tuple(map(torch.randn, ((64, 8), (8, 128), (64, 8), (8, 128), (64,), (128,))))
+    step.select(weight, torch.tensor(9), factors, (1.0, 1.0, 1.0), dtype)
+    bits = torch.zeros(64 * 16, dtype=torch.uint8)
+    step.masked_weight(weight, bits, *factors[:2], 1.0, dtype)
+    step.gradients(weight, weight, bits, factors, (1.0, 1.0, 1.0))
+for name, shared, size in compiled:
+    assert size and shared <= 160 * 1024, (name, shared, size)
+print(*sorted({name for name, _, _ in compiled}))
+"""
+
+
+@pytest.fixture
+def compiler(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_for(compiler, capability):
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(capability)], capture_output=True, text=True, check=False
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    names = {"_count_digits", "_count_ties", "_narrow", "_reduce", "_write", "_write_kept", "_write_selected"}
+    assert set(found.stdout.split()) == names
