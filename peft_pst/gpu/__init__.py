@@ -7,10 +7,12 @@ import os
 
 import torch
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def has_kernels(device: torch.device) -> bool:
     """Whether tensors of a device go through the kernels."""
-    if importlib.util.find_spec("triton") is None:
+    if not HAS_TRITON:
         return False
     return _multiplies_tf32(device) if device.type == "cuda" else os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -8,10 +8,10 @@ import sys
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..gpu import has_kernels
 from .dense_product import speed_up_dense_layers
 from .feed_forward import fuse_feed_forward
 from .linear import SparseLinear
-from .semi_structured import is_able
 from .serving import HAS_KERNELS, warn_that_it_is_slow
 
 MOST_DENSE = 0.6
@@ -59,8 +59,7 @@ def accelerate_opened(model: nn.Module) -> None:
     """The same for a model that was just opened from a sparse checkpoint, as far as it can be."""
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
     if not all(module.pack() for module in sparse):
-        # on a GPU that runs 2:4 the first call says so, if it has to
-        if not all(is_able(part.device) for module in sparse for part in module.parts.values()):
+        if not all(has_kernels(part.device) for module in sparse for part in module.parts.values()):
             warn_that_it_is_slow()
     elif sparse:
         _speed_up_the_rest(model)

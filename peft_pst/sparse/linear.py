@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import operations, semi_structured, serving
+from . import operations, semi_structured, serving, tiles
 from .storage import Description, Values, decode, encode
 
 PREFIX = "weight_"
@@ -21,9 +21,10 @@ class SparseLinear(nn.Module):
 
     On a CPU, with the extra `peft-pst[cpu]`, the kernels multiply with W as it is: it is packed for them at the first
     call, or by `pack()`. For shapes, numbers of tokens and densities at which a dense product is faster, the dense
-    weight is kept beside it and used. On an NVIDIA GPU since Ampere, in bf16 and fp16 and without gradients, a 2:4
-    weight whose sizes divide by 64 is one of torch's semi-structured sparse tensors where that seems faster, else
-    dense, and either is kept. Elsewhere each call decodes the whole weight, which is slow.
+    weight is kept beside it and used. On an NVIDIA GPU since Ampere, with Triton, a kernel multiplies up to 16 tokens
+    with W as it is, and for more W is dense for the time of the product. A 2:4 weight whose sizes divide by 64 is
+    there, in bf16 and fp16 and without gradients, one of torch's semi-structured sparse tensors where that seems
+    faster, else dense, and either is kept. Elsewhere each call decodes the whole weight, which is slow.
 
     Args:
         description: how the weight is stored. Its shape is [out, in], or [in, out] as transformers' `Conv1D` has it.
@@ -49,6 +50,7 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", bias)
         self._served: serving.Served | None = None
         self._on_gpu: semi_structured.OnGPU | None = None
+        self._tiles: tiles.Tiles | None = None
         self._handle = operations.register(self)
 
     @classmethod
@@ -124,6 +126,8 @@ class SparseLinear(nn.Module):
             return serving.serve(self, x)
         if semi_structured.is_possible(self, x):
             return semi_structured.product(self, x)
+        if x.dtype in serving.DTYPES and tiles.is_possible(self, x):
+            return serving.serve(self, x.to(semi_structured.product_dtype(x)))
         serving.warn_that_it_is_slow()
         return self.plain(x)
 
@@ -148,20 +152,20 @@ class SparseLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.description.codec}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_served": None, "_on_gpu": None}
+        return {**self.__dict__, "_served": None, "_on_gpu": None, "_tiles": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._handle = operations.register(self)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._served = self._on_gpu = None
+        self._served = self._on_gpu = self._tiles = None
         super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: object, recurse: bool = True) -> SparseLinear:
         # a cast of the model concerns what is computed with, not how the values are stored
         before = self.parts
-        self._served = self._on_gpu = None
+        self._served = self._on_gpu = self._tiles = None
         super()._apply(fn, recurse)
         for name, part in before.items():
             after = getattr(self, PREFIX + name)

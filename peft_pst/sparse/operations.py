@@ -35,7 +35,7 @@ def _layer(handle: int) -> SparseLinear:
     return _HANDLES[handle]
 
 
-@torch.library.custom_op("peft_pst::sparse_linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("peft_pst::sparse_linear", mutates_args=(), device_types=("cpu", "cuda"))
 def _sparse_linear(x: Tensor, handle: int) -> Tensor:
     return product(_layer(handle), x)
 
@@ -45,7 +45,7 @@ def _(x: Tensor, handle: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], _layer(handle).out_features)
 
 
-@torch.library.custom_op("peft_pst::sparse_linear_gradient", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("peft_pst::sparse_linear_gradient", mutates_args=(), device_types=("cpu", "cuda"))
 def _sparse_linear_gradient(grad: Tensor, handle: int) -> Tensor:
     return gradient(_layer(handle), grad)
 

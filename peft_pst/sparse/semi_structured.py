@@ -64,7 +64,7 @@ def is_possible(linear: SparseLinear, x: Tensor) -> bool:
     bias = linear.bias
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return False
-    if not fits(_shape(linear), _dtype(x)) or any(part.device != x.device for part in linear.parts.values()):
+    if not fits(_shape(linear), product_dtype(x)) or any(part.device != x.device for part in linear.parts.values()):
         return False
     if linear._on_gpu is None:
         linear._on_gpu = OnGPU(linear)
@@ -74,7 +74,7 @@ def is_possible(linear: SparseLinear, x: Tensor) -> bool:
 def product(linear: SparseLinear, x: Tensor) -> Tensor:
     """[..., in] to [..., out], without gradients, in the dtype of x or the one that autocast asks for."""
     # cuSPARSELt is not told strides: torch takes what is not contiguous for the transpose of what is
-    flat = x.to(_dtype(x)).reshape(-1, linear.in_features).contiguous()
+    flat = x.to(product_dtype(x)).reshape(-1, linear.in_features).contiguous()
     weight = linear._on_gpu.weight(linear, flat.dtype, is_faster(_shape(linear), len(flat)))
     bias = None if linear.bias is None else linear.bias.to(flat.dtype)
     return F.linear(flat, weight, bias).view(*x.shape[:-1], linear.out_features)
@@ -103,7 +103,7 @@ def _shape(linear: SparseLinear) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def _dtype(x: Tensor) -> torch.dtype:
+def product_dtype(x: Tensor) -> torch.dtype:
     """What `F.linear` would compute in."""
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:

@@ -1,4 +1,4 @@
-"""What serves a SparseLinear on a CPU: the kernels, or a dense product where that is faster."""
+"""What serves a SparseLinear: on a CPU the kernels, or a dense product where that is faster; on a GPU `tiles`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import gemm
+from . import tiles
 from .codecs import CODECS
 from .storage import decode
 
@@ -41,7 +42,7 @@ def warn_that_it_is_slow() -> None:
         remedy = "there are kernels for a CPU and inputs in fp32, bf16 and fp16"
     warnings.warn(
         "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but is "
-        f"slow: {remedy}; on an NVIDIA GPU 2:4 weights run in bf16 and fp16 under torch.no_grad(); "
+        f"slow: {remedy}; on an NVIDIA GPU since Ampere there are kernels too, with Triton; "
         "peft_pst.densify(model) makes them dense.",
         stacklevel=3,
     )
@@ -138,7 +139,8 @@ def serve(linear: SparseLinear, x: Tensor) -> Tensor:
 
 def product(linear: SparseLinear, x: Tensor) -> Tensor:
     """The forward of a layer that is served, without gradients."""
-    return linear.pack().forward(x.float()).to(x.dtype)
+    served = linear.pack()
+    return tiles.product(linear, x) if served is None else served.forward(x.float()).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -159,6 +161,8 @@ class _Product(torch.autograd.Function):
 
 def gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
     """The gradient of the input, in the dtype of that of the output."""
+    if linear.pack() is None:
+        return tiles.gradient(linear, grad)
     weight = linear.weight.to(grad.dtype)
     return grad @ (weight.T if linear.conv1d else weight)
 

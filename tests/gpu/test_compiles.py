@@ -26,7 +26,7 @@ def warmup(self, *args, **kwargs):
 
 JITFunction.run = warmup
 
-from peft_pst.gpu import selection, step
+from peft_pst.gpu import product, selection, step
 
 selection.keep_largest(torch.randn(64, 128), torch.tensor(9))
 for dtype in (torch.float32, torch.bfloat16):
@@ -36,6 +36,11 @@ for dtype in (torch.float32, torch.bfloat16):
     bits = torch.zeros(64 * 16, dtype=torch.uint8)
     step.masked_weight(weight, bits, *factors[:2], 1.0, dtype)
     step.gradients(weight, weight, bits, factors, (1.0, 1.0, 1.0))
+    offsets, indices = torch.zeros(64 * 16 + 1, dtype=torch.int32), torch.zeros(64 * 16 * 26, dtype=torch.uint8)
+    tiles = product.Tiles(offsets, indices, torch.zeros(len(indices), dtype=dtype), (64, 4096))
+    product.dense(tiles, dtype)
+    for tokens in (1, 16):
+        product.few_tokens(torch.randn(tokens, 4096).to(dtype), tiles, None)
 for name, shared, size in compiled:
     assert size and shared <= 160 * 1024, (name, shared, size)
 print(*sorted({name for name, _, _ in compiled}))
@@ -56,4 +61,5 @@ def test_for(compiler, capability):
     )
     assert found.returncode == 0, found.stderr[-4000:]
     names = {"_count_digits", "_count_ties", "_narrow", "_reduce", "_write", "_write_kept", "_write_selected"}
+    names |= {"_dense", "_few_tokens"}
     assert set(found.stdout.split()) == names

@@ -307,10 +307,10 @@ def test_journeys_of_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("able", [False, True])
-def test_opening_says_that_it_is_slow_only_where_2_4_cannot_run(monkeypatch, able):
+def test_opening_says_that_it_is_slow_only_where_no_kernel_can_run(monkeypatch, able):
     said = []
     monkeypatch.setattr(acceleration, "warn_that_it_is_slow", lambda: said.append(1))
-    monkeypatch.setattr(acceleration, "is_able", lambda device: able)
+    monkeypatch.setattr(acceleration, "has_kernels", lambda device: able)
     model = nn.Sequential(SparseLinear.from_linear(two_of_four()))
     monkeypatch.setattr(SparseLinear, "pack", lambda self: None)  # as on a GPU, which the kernels are not for
     acceleration.accelerate_opened(model)

@@ -1,0 +1,110 @@
+"""gpu/product and sparse/tiles: products with a weight in tiles are those of float64."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from peft_pst.sparse import serving, tiles
+from peft_pst.sparse.linear import SparseLinear
+
+TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_for_a_cpu(monkeypatch):
+    monkeypatch.setattr(serving, "HAS_KERNELS", False)
+
+
+def sparse_layer(out, size, density, dtype=torch.float32, conv1d=False, bias=True):
+    linear = Conv1D(out, size) if conv1d else nn.Linear(size, out, bias=bias)
+    if conv1d:
+        nn.init.normal_(linear.bias)
+    linear = linear.to(dtype).requires_grad_(False)
+    linear.weight.masked_fill_(torch.rand(linear.weight.shape) >= density, 0)
+    return linear
+
+
+def expected(linear, x):
+    weight = linear.weight.T if isinstance(linear, Conv1D) else linear.weight
+    y = x.cpu().double() @ weight.double().T
+    return y if linear.bias is None else y + linear.bias.double()
+
+
+def check(found, truth, dtype):
+    assert found.dtype == dtype and found.shape == truth.shape
+    assert (found.cpu().double() - truth).norm() <= TOLERANCES[dtype] * truth.norm()
+
+
+LAYERS = {
+    "tiles as they are stored": ((24, 512, 0.05), {}),
+    "one entry a row": ((9, 256, 0.004), {}),
+    "rows of no whole tiles": ((7, 700, 0.05), {}),
+    "bitmask": ((10, 300, 0.4), {}),
+    "full tiles": ((5, 512, 1.0), {}),
+    "no bias": ((8, 512, 0.1), {"bias": False}),
+    "Conv1D": ((24, 512, 0.05), {"conv1d": True}),
+    "bf16": ((24, 512, 0.05), {"dtype": torch.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_products(device, name):
+    (out, size, density), choices = LAYERS[name]
+    linear = sparse_layer(out, size, density, **choices)
+    sparse = SparseLinear.from_linear(linear).to(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for tokens in (1, 3, 16, 17):
+            x = torch.randn(tokens, size).to(device, dtype)
+            check(sparse(x), expected(linear, x), dtype)
+    assert sparse(x[None, :4]).shape == (1, 4, out) and sparse(x[:0]).shape == (0, out)
+    assert torch.equal(sparse(x), sparse(x))
+
+
+def test_stored_tiles_are_not_copied(device):
+    sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.05)).to(device)
+    assert sparse.description.codec == "tiles"
+    found = tiles.in_tiles(sparse)
+    assert found.values.data_ptr() == sparse.weight_values.data_ptr()
+    assert found.indices.data_ptr() == sparse.weight_indices.data_ptr()
+    assert tiles.in_tiles(sparse) is found
+
+
+def test_int8_values(device):
+    linear = sparse_layer(16, 512, 0.1)
+    sparse = SparseLinear.from_linear(linear, values="int8").to(device)
+    x = torch.randn(2, 512, device=device)
+    torch.testing.assert_close(sparse(x).cpu(), sparse.plain(x).cpu(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_gradients(device, tokens):
+    linear = sparse_layer(24, 512, 0.1).requires_grad_()
+    sparse = SparseLinear.from_linear(linear).to(device)
+    x = torch.randn(tokens, 512, device=device, requires_grad=True)
+    y = sparse(x)
+    dy = torch.randn(y.shape, device=device)
+    y.backward(dy)
+    dx = dy.cpu().double() @ linear.weight.detach().double()
+    check(x.grad, dx, torch.float32)
+    torch.testing.assert_close(sparse.bias.grad.cpu(), dy.sum(0).cpu())
+
+
+def test_autocast_decides_the_dtype(device):
+    sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.1)).to(device)
+    for tokens in (2, 20):
+        with torch.autocast(device.type, dtype=torch.bfloat16), torch.no_grad():
+            assert sparse(torch.randn(tokens, 512, device=device)).dtype == torch.bfloat16
+
+
+def test_a_changed_weight_is_read_again(device):
+    sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.05)).to(device)
+    other = SparseLinear.from_linear(sparse_layer(24, 512, 0.05, bias=True)).to(device)
+    x = torch.randn(2, 512, device=device)
+    sparse(x)
+    # as many values in each tile, other ones
+    sparse.load_state_dict({**sparse.state_dict(), "weight_values": -sparse.weight_values, "bias": 0 * sparse.bias})
+    torch.testing.assert_close(sparse(x), sparse.plain(x), rtol=1e-5, atol=1e-6)
+    other.weight_counts[0] += 1
+    with pytest.raises(ValueError, match=r"tiles say \d+ values, but it has \d+ indices.*Download or save"):
+        other(x)
