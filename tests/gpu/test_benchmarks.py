@@ -1,0 +1,45 @@
+"""benchmarks/gpu: its parts run, with small sizes. What they time on a CPU means nothing."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import LlamaConfig
+
+from peft_pst.sparse import serving
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.setattr(serving, "HAS_KERNELS", False)
+    monkeypatch.setattr(sys, "path", [str(Path(__file__).parents[2] / "benchmarks" / "gpu"), *sys.path])
+    yield
+    for name in ("timing", "step", "product", "large_model"):
+        sys.modules.pop(name, None)
+
+
+def test_step():
+    import step
+
+    found = step.report(shapes=((64, 128),), tokens=8, rounds=1)
+    assert found.count("| 64x128 | ") == 3 and "Copies to the host" in found
+
+
+def test_product():
+    import product
+
+    found = product.report(shape=(16, 512), densities=(0.1,), tokens=(1, 17), rounds=1, beyond=2**12)
+    assert found.count("| 90%") == 2
+
+
+def test_large_model():
+    import large_model
+
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=99,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    found = large_model.report(config, rounds=1)
+    assert "| sparse" in found and "| dense" in found
+    error = float(found.split("differ by ")[1].split(" ")[0])
+    assert error < 1e-2
