@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,13 @@ def run_all(grid, validation, done=None):
         order.append(cell)
         done[cell] = result(cell, validation(cell), -validation(cell))
     return order, done
+
+
+def test_a_method_may_have_rates_of_its_own(file):
+    file.write_text(CELLS.replace("PST: {}", "PST: {rates: [0.3]}"))
+    order, _ = run_all(cells.Grid(file, "cpu"), lambda cell: cell.lr)
+    assert {cell.lr for cell in order if cell.method == "PST"} == {0.3}
+    assert cells.Grid(file, "cpu").count() == len(order)
 
 
 def test_trials_come_first_and_each_cell_once(file):
@@ -153,6 +161,51 @@ def test_the_page_in_the_repository_is_that_of_the_results(tmp_path):
     pytest.importorskip("matplotlib")
     text = pages.fill((STUDY / "page.md").read_text(encoding="utf-8"), pages.load_page("cpu", tmp_path))
     assert text == (pages.DOCS / "study.md").read_text(encoding="utf-8")
+
+
+def test_pst_of_the_tables_is_what_a_newcomer_gets(bert, tmp_path, monkeypatch):
+    """The config and the optimizer of README.md's first script, at the learning rate that the study's trials chose."""
+    methods = pytest.importorskip("methods")
+    import peft_pst
+
+    trained = []
+
+    class Trained(Exception):
+        pass
+
+    class Trainer:
+        def __init__(self, model, arguments, optimizers, **kwargs):
+            trained[:] = model, optimizers[0]
+
+        def train(self):
+            raise Trained
+
+    monkeypatch.setattr(methods, "PSTTrainer", Trainer)
+    task = methods.Task({"train": range(64)}, None, "SEQ_CLS", lambda folder: bert(), None)
+    grid = cells.Grid(STUDY / "cells.yaml", "cpu")
+    done = cells.read_results(cells.RESULTS, grid)
+    readme = (STUDY.parents[1] / "README.md").read_text(encoding="utf-8")
+    script = readme.split("```python")[1].split("```")[0]
+    config, optimizer = (
+        re.search(pattern, script)[1]
+        for pattern in (r"get_peft_model\(model, (PSTConfig\(.*\))\)\n", r"optimizers=\((.*\)), None\)")
+    )
+    for name in ("sst2", "banking77"):
+        with pytest.raises(Trained):
+            rate = grid.rate(name, "PST", done)
+            settings = {"epochs": 1, "batch_size": 16}
+            methods.train(task, grid.methods["PST"], settings, 0.9, rate, 0, tmp_path)
+        model = get_peft_model(bert(), eval(config, vars(peft_pst)))
+        expected = eval(optimizer, {**vars(peft_pst), "model": model})
+        assert trained[0].peft_config["default"] == model.peft_config["default"]
+        assert described(*trained) == described(model, expected)
+
+
+def described(model, optimizer):
+    """Each group of an optimizer by the names of its parameters."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return type(optimizer), [{key: value for key, value in group.items() if key != "fused"} for group in groups]
 
 
 def test_importance_without_magnitude():

@@ -71,7 +71,8 @@ class Grid:
     def trials(self, task: str, method: str) -> list[Cell]:
         """The cells that choose a learning rate."""
         sparsity = self.sparsity(method, self.tuned_at)
-        return [Cell(task, method, sparsity, rate, self.seeds[0]) for rate in self.rates]
+        rates = self.methods[method].get("rates", self.rates)
+        return [Cell(task, method, sparsity, rate, self.seeds[0]) for rate in rates]
 
     def rate(self, task: str, method: str, done: dict[Cell, dict[str, Any]]) -> float:
         """The learning rate of a method on a task: the best on the validation split, by the first metric.
@@ -98,7 +99,8 @@ class Grid:
                 wanted.add((task, method, self.sparsity(method, sparsity)))
         # the chosen trial is the first seed's cell at its sparsity
         both = sum((task, method, self.sparsity(method, self.tuned_at)) in wanted for task, method in per_method)
-        return len(wanted) * len(self.seeds) + len(per_method) * len(self.rates) - both
+        trials = sum(len(self.methods[method].get("rates", self.rates)) for _, method in per_method)
+        return len(wanted) * len(self.seeds) + trials - both
 
     def _wanted(self, block: dict[str, Any]) -> Any:
         def values(key: str) -> list[Any]:

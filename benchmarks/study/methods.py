@@ -63,8 +63,9 @@ def train(
         tuned: the folder of a dense model of the task, for a tuned teacher.
     """
     set_seed(seed)
-    epochs, kind = settings["epochs"], choices.get("kind")
-    model, steps, start = task.load_model(None), 0, time.perf_counter()
+    epochs, kind = settings["epochs"] * choices.get("longer", 1), choices.get("kind")
+    model = task.load_model(str(tuned) if choices.get("start") == "tuned" else None)
+    steps, start = 0, time.perf_counter()
     if learned := choices.get("learned", 0.0):
         trainer = make_trainer(task, with_lora(model, task), settings, learned * epochs, seed, work, lr=lr)
         trainer.train()
