@@ -19,34 +19,39 @@ MOST_DENSE = 0.6
 
 
 def accelerate_sparse(model: nn.Module) -> nn.Module:
-    """Put the sparse kernels under a model, in place: it computes the same, faster, on a CPU.
+    """Put the sparse kernels under a model, in place: it computes the same, faster on a CPU; on an NVIDIA GPU since
+    Ampere its weights stay compressed in the memory of the device.
 
     Every `nn.Linear` and `Conv1D` with enough zeros becomes a `SparseLinear`, with exact values; those whose weight is
-    shared with an embedding stay. Where a block's feed-forward layers are sparse, they and the activation between them
-    run as one; large layers that stay dense, such as a head, use oneDNN where MKL is slow. `densify` is the way back.
+    shared with an embedding stay. On a CPU, where a block's feed-forward layers are sparse, they and the activation
+    between them run as one; large layers that stay dense, such as a head, use oneDNN where MKL is slow. `densify` is
+    the way back.
 
     Args:
-        model: a merged model, or one opened from a sparse checkpoint, on a CPU.
+        model: a merged model, or one opened from a sparse checkpoint.
 
     Returns:
         The same model.
 
     Raises:
-        ImportError: if Numba is not installed.
-        ValueError: if no linear layer of the model has enough zeros, or it is not on a CPU.
+        ImportError: if it is on a CPU and Numba is not installed.
+        ValueError: if no linear layer of the model has enough zeros, or there are no kernels for its device.
     """
-    if not HAS_KERNELS:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    without = sorted(str(device) for device in devices if device.type != "cpu" and not has_kernels(device))
+    if without:
+        raise ValueError(
+            f"The model is on {without}, which has no kernels: expected a CPU, or an NVIDIA GPU since Ampere with "
+            "Triton installed. model.to('cpu') moves it."
+        )
+    if not HAS_KERNELS and not all(has_kernels(device) for device in devices):
         raise ImportError("The sparse kernels need Numba: pip install 'peft-pst[cpu]'.")
-    elsewhere = {str(parameter.device) for parameter in model.parameters() if parameter.device.type != "cpu"}
-    if elsewhere:
-        raise ValueError(f"The model is on {sorted(elsewhere)}, and the kernels are for a CPU: model.to('cpu') first.")
     shared = _shared_weights(model)
     for name, module in list(model.named_modules()):
         if type(module) in (nn.Linear, Conv1D) and id(module.weight) not in shared and _is_sparse(module):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, SparseLinear.from_linear(module))
-    served = [module.pack() for module in model.modules() if isinstance(module, SparseLinear)]
-    if not any(served):
+    if not any(_is_served(module) for module in model.modules() if isinstance(module, SparseLinear)):
         raise ValueError(
             "The model has no linear layer with enough zeros for sparse kernels: expected one that was merged from a "
             f"sparse training, or has at most {MOST_DENSE:.0%} of its weights left."
@@ -58,11 +63,14 @@ def accelerate_sparse(model: nn.Module) -> nn.Module:
 def accelerate_opened(model: nn.Module) -> None:
     """The same for a model that was just opened from a sparse checkpoint, as far as it can be."""
     sparse = [module for module in model.modules() if isinstance(module, SparseLinear)]
-    if not all(module.pack() for module in sparse):
-        if not all(has_kernels(part.device) for module in sparse for part in module.parts.values()):
-            warn_that_it_is_slow()
+    if not all(map(_is_served, sparse)):
+        warn_that_it_is_slow()
     elif sparse:
         _speed_up_the_rest(model)
+
+
+def _is_served(linear: SparseLinear) -> bool:
+    return linear.pack() is not None or all(has_kernels(part.device) for part in linear.parts.values())
 
 
 def _speed_up_the_rest(model: nn.Module) -> None:

@@ -1,11 +1,15 @@
 """gpu/product and sparse/tiles: products with a weight in tiles are those of float64."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from peft_pst.sparse import serving, tiles
+from peft_pst import accelerate_sparse, densify
+from peft_pst.sparse import acceleration, serving, tiles
 from peft_pst.sparse.linear import SparseLinear
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -108,3 +112,20 @@ def test_a_changed_weight_is_read_again(device):
     other.weight_counts[0] += 1
     with pytest.raises(ValueError, match=r"tiles say \d+ values, but it has \d+ indices.*Download or save"):
         other(x)
+
+
+def test_a_whole_model(device, monkeypatch):
+    monkeypatch.setattr(acceleration, "HAS_KERNELS", False)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, vocab_size=99
+    )
+    model = LlamaForCausalLM(config).eval().to(device)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.masked_fill_(torch.rand_like(parameter) > 0.1, 0)
+    tokens = torch.randint(0, 99, (1, 5), device=device)
+    expected = model(tokens).logits
+    sparse = accelerate_sparse(copy.deepcopy(model))
+    assert sum(isinstance(module, SparseLinear) for module in sparse.modules()) == 7
+    torch.testing.assert_close(sparse(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(densify(sparse)(tokens).logits, expected, rtol=0, atol=0)
