@@ -7,6 +7,7 @@ import torch
 from peft import get_peft_model
 from reference import plain_importance, plain_mask, plain_pst, random_factors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_pst import PSTConfig, SparsityScheduler, functional
 from peft_pst.functional import Kept, Live, MaskedLinear, Method
@@ -111,6 +112,33 @@ def test_a_training_is_that_without_kernels(device, monkeypatch, choices):
     for found, expected in zip(by_kernels.parameters(), plain.parameters(), strict=True):
         assert torch.equal(found == 0, expected == 0)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["compiled", "checkpointed", "under autocast"])
+def test_a_step(device, monkeypatch, way):
+    def gradients():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+        config = PSTConfig(target_modules="all-linear", initial_sparsity=0.5, init_weights=False, norms=False)
+        model = get_peft_model(model, config).to(device).train()
+        x = torch.randn(5, 16, device=device, requires_grad=True)
+        run = torch.compile(model, backend="aot_eager") if way == "compiled" else model
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=way == "under autocast")
+        with autocast:
+            y = checkpoint(run, x, use_reentrant=False) if way == "checkpointed" else run(x)
+        y.float().square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in model.parameters() if parameter.requires_grad)]
+
+    calls, run = [], step.select
+    monkeypatch.setattr(step, "select", lambda *args: calls.append(args) or run(*args))
+    by_kernels = gradients()
+    assert calls
+    for module in (functional, fused):
+        monkeypatch.setattr(module, "has_fused_step", lambda *args: False)
+    torch.compiler.reset()
+    tolerance = 0.02 if way == "under autocast" else 1e-5
+    for found, expected in zip(by_kernels, gradients(), strict=True):
+        assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 @pytest.mark.parametrize(
