@@ -94,6 +94,15 @@ def test_gradients(device, tokens):
     torch.testing.assert_close(sparse.bias.grad.cpu(), dy.sum(0).cpu())
 
 
+@pytest.mark.parametrize("tokens", [2, 20])
+def test_a_graph_has_no_break(device, tokens):
+    linear = sparse_layer(24, 512, 0.05)
+    sparse = SparseLinear.from_linear(linear).to(device).requires_grad_(False)
+    compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
+    x = torch.randn(tokens, 512, device=device)
+    check(compiled(x), expected(linear, x), torch.float32)
+
+
 def test_autocast_decides_the_dtype(device):
     sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.1)).to(device)
     for tokens in (2, 20):
