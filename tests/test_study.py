@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from torch import nn
 
@@ -163,6 +164,7 @@ def test_the_page_in_the_repository_is_that_of_the_results(tmp_path):
     assert text == (pages.DOCS / "study.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="the study runs in the environment of transformers 5")
 def test_pst_of_the_tables_is_what_a_newcomer_gets(bert, tmp_path, monkeypatch):
     """The config and the optimizer of README.md's first script, at the learning rate that the study's trials chose."""
     methods = pytest.importorskip("methods")
