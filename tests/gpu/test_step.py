@@ -11,8 +11,11 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_pst import PSTConfig, SparsityScheduler, functional
 from peft_pst.functional import Kept, Live, MaskedLinear, Method
-from peft_pst.gpu import fused, step
+from peft_pst.gpu import fused
 from peft_pst.patterns import pack_bits, parse_pattern, unpack_bits
+
+pytest.importorskip("triton")
+from peft_pst.gpu import step  # noqa: E402
 
 NUMBERS = (0.5, 2.0, 0.25)
 SHAPES = [(33, 40, 3, 2), (70, 136, 8, 20)]
