@@ -15,7 +15,7 @@ from peft_pst.gpu import fused
 from peft_pst.patterns import pack_bits, parse_pattern, unpack_bits
 
 pytest.importorskip("triton")
-from peft_pst.gpu import step  # noqa: E402
+from peft_pst.gpu import step
 
 NUMBERS = (0.5, 2.0, 0.25)
 SHAPES = [(33, 40, 3, 2), (70, 136, 8, 20)]
