@@ -6,8 +6,8 @@ from timing import as_graph, bandwidth, device, medians
 from torch import nn
 
 from peft_pst import format_table
+from peft_pst.sparse.gpu_serving import FEW, in_tiles
 from peft_pst.sparse.linear import SparseLinear
-from peft_pst.sparse.tiles import FEW, in_tiles
 
 SHAPE = (11008, 4096)
 DENSITIES = (0.5, 0.2, 0.1, 0.05)

@@ -70,6 +70,22 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
+def _bounds(offsets, row, tile, of_row):
+    """Where the values of tiles of a row start and end."""
+    at, inside = offsets + row * of_row + tile, tile < of_row
+    return tl.load(at, mask=inside, other=0), tl.load(at + 1, mask=inside, other=0)
+
+
+@triton.jit
+def _entries(indices, values, tile, start, end, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """The next values of each tile, [tiles, WIDTH]: their columns, themselves, and whether they are there."""
+    at = start[:, None] + tl.arange(0, WIDTH)[None, :]
+    present = at < end[:, None]
+    column = tile[:, None] * TILE + tl.load(indices + at, mask=present, other=0).to(tl.int32)
+    return column, tl.load(values + at, mask=present, other=0.0), present
+
+
+@triton.jit
 def _few_tokens(
     x, offsets, indices, values, bias, y, of_row, out, tokens,
     HAS_BIAS: tl.constexpr, TILE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
@@ -78,16 +94,12 @@ def _few_tokens(
     total = tl.zeros((SLOTS, WIDTH, TOKENS), dtype=tl.float32)
     for first in range(0, of_row, SLOTS):
         tile = first + tl.arange(0, SLOTS)
-        start = tl.load(offsets + row * of_row + tile, mask=tile < of_row, other=0)
-        end = tl.load(offsets + row * of_row + tile + 1, mask=tile < of_row, other=0)
+        start, end = _bounds(offsets, row, tile, of_row)
         for begin in range(0, tl.max(end - start, 0), WIDTH):
-            at = start[:, None] + begin + tl.arange(0, WIDTH)[None, :]
-            present = at < end[:, None]
-            column = tile[:, None] * TILE + tl.load(indices + at, mask=present, other=0).to(tl.int32)
-            value = tl.load(values + at, mask=present, other=0.0).to(tl.float32)
+            column, value, present = _entries(indices, values, tile, start + begin, end, TILE, WIDTH)
             found = (present[:, :, None]) & (token < tokens)[None, None, :]
             inputs = tl.load(x + column[:, :, None] * tokens + token[None, None, :], mask=found, other=0.0)
-            total += value[:, :, None] * inputs.to(tl.float32)
+            total += value.to(tl.float32)[:, :, None] * inputs.to(tl.float32)
     result = tl.sum(tl.sum(total, 1), 0)
     if HAS_BIAS:
         result += tl.load(bias + row).to(tl.float32)
@@ -97,11 +109,7 @@ def _few_tokens(
 @triton.jit
 def _dense(offsets, indices, values, full, of_row, size, TILE: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
     row, tile = tl.program_id(0), tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
-    start = tl.load(offsets + row * of_row + tile, mask=tile < of_row, other=0)
-    end = tl.load(offsets + row * of_row + tile + 1, mask=tile < of_row, other=0)
+    start, end = _bounds(offsets, row, tile, of_row)
     for begin in range(0, tl.max(end - start, 0), WIDTH):
-        at = start[:, None] + begin + tl.arange(0, WIDTH)[None, :]
-        present = at < end[:, None]
-        column = tile[:, None] * TILE + tl.load(indices + at, mask=present, other=0).to(tl.int32)
-        value = tl.load(values + at, mask=present, other=0.0)
+        column, value, present = _entries(indices, values, tile, start + begin, end, TILE, WIDTH)
         tl.store(full + row.to(tl.int64) * size + column, value.to(full.dtype.element_ty), mask=present)

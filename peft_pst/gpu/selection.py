@@ -20,8 +20,8 @@ BINS = 2048
 BLOCK_N, BLOCK_K = 32, 128
 
 
-def keep_largest(importance: Tensor, num_pruned: Tensor) -> Tensor:
-    """Like `patterns.keep_largest`, for fp32 on the device that the int64 scalar `num_pruned` is on."""
+def keep_largest(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
+    """Like `patterns.keep_largest`, for fp32; an int64 scalar `num_pruned` is on the device of the importance."""
     flat = importance.contiguous().view(-1)
     keep = torch.empty(flat.shape, dtype=torch.bool, device=flat.device)
     shape = (triton.cdiv(flat.numel(), BLOCK_K), BLOCK_K)  # row-major order is the same in any shape
@@ -46,7 +46,7 @@ class Threshold:
     have them. At the end these are the key, how many entries that tie with it are pruned, and how many tie.
     """
 
-    def __init__(self, shape: tuple[int, int], num_pruned: Tensor, device: torch.device) -> None:
+    def __init__(self, shape: tuple[int, int], num_pruned: int | Tensor, device: torch.device) -> None:
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
         self.state[1] = num_pruned
         self.histograms = torch.zeros(len(DIGITS), BINS, dtype=torch.int32, device=device)

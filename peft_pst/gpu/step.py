@@ -21,14 +21,14 @@ BLOCK_N, BLOCK_K = 32, 128
 
 
 def select(
-    weight: Tensor, num_pruned: Tensor, factors: tuple[Tensor, ...], numbers: tuple[float, float, float],
+    weight: Tensor, num_pruned: int | Tensor, factors: tuple[Tensor, ...], numbers: tuple[float, float, float],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """M ∘ W', [out, in] in `dtype`, and M as bits, under the mask that prunes `num_pruned` entries.
 
     Args:
         weight: [out, in], fp32, bf16 or fp16 in any layout; `in` a multiple of 8.
-        num_pruned: int64 scalar on the device of the weight.
+        num_pruned: a number, or an int64 scalar on the device of the weight.
         factors: U [out, r], V [r, in], A [out, mask_r], B [mask_r, in], R [out], C [in].
         numbers: beta, alpha1, alpha2.
     """

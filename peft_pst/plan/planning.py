@@ -95,8 +95,8 @@ def plan(
         batch_size: sequences a device and step.
         tokens: of a sequence, padding included.
         dtype: of the weights.
-        device: what trains. The kernels of a GPU ("cuda") keep less for backward than those of a CPU, and its AdamW
-            has larger temporaries.
+        device: what trains. The kernels of a GPU ("cuda", an NVIDIA one since Ampere, with Triton) keep less for
+            backward than those of a CPU, and its AdamW has larger temporaries.
         devices: how many of them train together.
         sharding: what they share: `"none"` (DDP), `"zero-1"`, `"zero-2"`, `"zero-3"` or `"fsdp"`.
         gradient_checkpointing: whether each block is computed again in backward instead of kept.

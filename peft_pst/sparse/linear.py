@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import operations, semi_structured, serving, tiles
+from . import gpu_serving, operations, semi_structured, serving
 from .storage import Description, Values, decode, encode
 
 PREFIX = "weight_"
@@ -50,7 +50,7 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", bias)
         self._served: serving.Served | None = None
         self._on_gpu: semi_structured.OnGPU | None = None
-        self._tiles: tiles.Tiles | None = None
+        self._tiles: gpu_serving.Tiles | None = None
         self._handle = operations.register(self)
 
     @classmethod
@@ -126,7 +126,7 @@ class SparseLinear(nn.Module):
             return serving.serve(self, x)
         if semi_structured.is_possible(self, x):
             return semi_structured.product(self, x)
-        if x.dtype in serving.DTYPES and tiles.is_possible(self, x):
+        if x.dtype in serving.DTYPES and gpu_serving.is_possible(self, x):
             return serving.serve(self, x.to(semi_structured.product_dtype(x)))
         serving.warn_that_it_is_slow()
         return self.plain(x)

@@ -3,7 +3,7 @@
 `PRODUCT`, from which on they are used, is NOT measured: no GPU was at hand. It is cautious, and errs towards the dense
 product. Torch's users report semi-structured products slower than dense ones at one token (pytorch issue 111339), and,
 for what torch does around each call, up to some thousand tokens (issue 153825, pull request 177866).
-`benchmarks/semi_structured.py` measures it anew on a GPU and prints the figure to put here.
+`benchmarks/gpu/semi_structured.py` measures it anew on a GPU and prints the figure to put here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What serves a SparseLinear: on a CPU the kernels, or a dense product where that is faster; on a GPU `tiles`."""
+"""What serves a SparseLinear: on a CPU the kernels, or a dense product where that is faster; else `gpu_serving`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import gemm
-from . import tiles
+from . import gpu_serving
 from .codecs import CODECS
 from .storage import decode
 
@@ -140,7 +140,7 @@ def serve(linear: SparseLinear, x: Tensor) -> Tensor:
 def product(linear: SparseLinear, x: Tensor) -> Tensor:
     """The forward of a layer that is served, without gradients."""
     served = linear.pack()
-    return tiles.product(linear, x) if served is None else served.forward(x.float()).to(x.dtype)
+    return gpu_serving.product(linear, x) if served is None else served.forward(x.float()).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
@@ -162,7 +162,7 @@ class _Product(torch.autograd.Function):
 def gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
     """The gradient of the input, in the dtype of that of the output."""
     if linear.pack() is None:
-        return tiles.gradient(linear, grad)
+        return gpu_serving.gradient(linear, grad)
     weight = linear.weight.to(grad.dtype)
     return grad @ (weight.T if linear.conv1d else weight)
 

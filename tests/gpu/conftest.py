@@ -17,7 +17,7 @@ def pytest_collection_modifyitems(items):
     elif not torch.cuda.is_available() and not INTERPRETED:
         missing = "needs a GPU, or Triton's interpreter: TRITON_INTERPRET=1"
     for item in items:
-        if missing and str(item.path).startswith(here) and "compiler" not in item.fixturenames:
+        if missing and str(item.path).startswith(here):
             item.add_marker(pytest.mark.skip(reason=missing))
 
 

@@ -49,7 +49,6 @@ print(*sorted({name for name, _, _ in compiled}))
 
 @pytest.fixture
 def compiler(monkeypatch, tmp_path):
-    pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 

@@ -1,4 +1,4 @@
-"""gpu/product and sparse/tiles: products with a weight in tiles are those of float64."""
+"""gpu/product and sparse/gpu_serving: products with a weight in tiles are those of float64."""
 
 import copy
 
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import accelerate_sparse, densify
-from peft_pst.sparse import acceleration, serving, tiles
+from peft_pst.sparse import acceleration, gpu_serving, serving
 from peft_pst.sparse.linear import SparseLinear
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -68,10 +68,10 @@ def test_products(device, name):
 def test_stored_tiles_are_not_copied(device):
     sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.05)).to(device)
     assert sparse.description.codec == "tiles"
-    found = tiles.in_tiles(sparse)
+    found = gpu_serving.in_tiles(sparse)
     assert found.values.data_ptr() == sparse.weight_values.data_ptr()
     assert found.indices.data_ptr() == sparse.weight_indices.data_ptr()
-    assert tiles.in_tiles(sparse) is found
+    assert gpu_serving.in_tiles(sparse) is found
 
 
 def test_int8_values(device):

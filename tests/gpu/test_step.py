@@ -90,12 +90,22 @@ def test_the_autograd_function_is_the_formula(device, kept):
         torch.testing.assert_close(found.grad.cpu().double(), leaf.grad, rtol=1e-4, atol=1e-4)
 
 
+def small_model(device, **choices):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
+    config = PSTConfig(target_modules="all-linear", norms=False, **choices)
+    return get_peft_model(model, config).to(device).train()
+
+
+def without_kernels(monkeypatch):
+    for module in (functional, fused):
+        monkeypatch.setattr(module, "has_fused_step", lambda *args: False)
+
+
 @pytest.mark.parametrize("choices", [{}, {"pattern": "2:4"}, {"mask_interval": 2}, {"budget": "global"}], ids=str)
 def test_a_training_is_that_without_kernels(device, monkeypatch, choices):
     def train():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-        model = get_peft_model(model, PSTConfig(target_modules="all-linear", norms=False, **choices)).to(device)
+        model = small_model(device, **choices)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
         scheduler = SparsityScheduler(model, 6)
         for _ in range(6):
@@ -109,8 +119,7 @@ def test_a_training_is_that_without_kernels(device, monkeypatch, choices):
     monkeypatch.setattr(step, "masked_weight", lambda *args: rebuilt.append(args) or run(*args))
     by_kernels = train()
     assert rebuilt
-    for module in (functional, fused):
-        monkeypatch.setattr(module, "has_fused_step", lambda *args: False)
+    without_kernels(monkeypatch)
     plain = train()
     for found, expected in zip(by_kernels.parameters(), plain.parameters(), strict=True):
         assert torch.equal(found == 0, expected == 0)
@@ -120,10 +129,7 @@ def test_a_training_is_that_without_kernels(device, monkeypatch, choices):
 @pytest.mark.parametrize("way", ["compiled", "checkpointed", "under autocast"])
 def test_a_step(device, monkeypatch, way):
     def gradients():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 8))
-        config = PSTConfig(target_modules="all-linear", initial_sparsity=0.5, init_weights=False, norms=False)
-        model = get_peft_model(model, config).to(device).train()
+        model = small_model(device, initial_sparsity=0.5, init_weights=False)
         x = torch.randn(5, 16, device=device, requires_grad=True)
         run = torch.compile(model, backend="aot_eager") if way == "compiled" else model
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=way == "under autocast")
@@ -136,8 +142,7 @@ def test_a_step(device, monkeypatch, way):
     monkeypatch.setattr(step, "select", lambda *args: calls.append(args) or run(*args))
     by_kernels = gradients()
     assert calls
-    for module in (functional, fused):
-        monkeypatch.setattr(module, "has_fused_step", lambda *args: False)
+    without_kernels(monkeypatch)
     torch.compiler.reset()
     tolerance = 0.02 if way == "under autocast" else 1e-5
     for found, expected in zip(by_kernels, gradients(), strict=True):

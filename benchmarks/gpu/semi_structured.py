@@ -1,6 +1,6 @@
 """2:4 weights on a GPU as torch's semi-structured sparse tensors, beside dense ones, and what SparseLinear chooses.
 
-    python benchmarks/semi_structured.py
+    python benchmarks/gpu/semi_structured.py
 
 Both are `torch.nn.functional.linear` in bf16, without a bias. They take turns, so that a GPU that slows down slows
 both; the figures are medians of the time between two CUDA events, what torch does around a call included. A turn goes
@@ -11,12 +11,11 @@ Where a GPU says otherwise, put the last line into peft_pst/sparse/semi_structur
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timing import medians
 from torch import Tensor
 from tqdm import tqdm
 
@@ -27,8 +26,6 @@ SHAPES = ((768, 768), (3072, 768), (4096, 4096), (11008, 4096), (4096, 11008))
 TOKENS = (1, 16, 128, 512, 2048, 8192)
 BEYOND_CACHES = 2**28
 """Bytes of dense weights that a turn goes through, at least."""
-WARM_UP = 3
-"""Turns that do not count."""
 
 
 class Cell(NamedTuple):
@@ -68,30 +65,15 @@ def two_of_four(out: int, size: int) -> Tensor:
     return torch.zeros_like(weight).scatter(-1, places, weight).view(out, size).bfloat16()
 
 
-def medians(ways: dict[str, list[Callable[[], Tensor]]], rounds: int) -> dict[str, float]:
-    """Microseconds of one call of each."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(WARM_UP + rounds):
-        for name, calls in ways.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            for call in calls:
-                call()
-            end.record()
-            torch.cuda.synchronize()
-            if turn >= WARM_UP:
-                times[name].append(1000 * start.elapsed_time(end) / len(calls))
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
 def measure(shape: tuple[int, int], tokens: int, rounds: int) -> Cell:
     x, first = torch.randn(tokens, shape[1]).bfloat16(), two_of_four(*shape)
     dense = [first.clone() for _ in range(-(-BEYOND_CACHES // first.nbytes))]
     ways = {"dense": dense, "semi_structured": [torch.sparse.to_sparse_semi_structured(weight) for weight in dense]}
     y, expected = F.linear(x, ways["semi_structured"][0]), F.linear(x.float(), first.float())
     error = float((y - expected).abs().max() / expected.abs().max())
-    calls = {name: [lambda w=weight: F.linear(x, w) for weight in weights] for name, weights in ways.items()}
-    return Cell(shape, tokens, **medians(calls, rounds), error=error)
+    turns = {name: lambda weights=weights: [F.linear(x, w) for w in weights] for name, weights in ways.items()}
+    taken = {name: turn / len(dense) for name, turn in medians(turns, rounds).items()}
+    return Cell(shape, tokens, **taken, error=error)
 
 
 def threshold(cells: list[Cell]) -> int | None:
