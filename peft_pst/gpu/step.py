@@ -1,4 +1,5 @@
-"""PST's masked linear step on a GPU: what lies between its matrix products, in few passes over the weight.
+"""PST's masked linear step (arXiv 2205.11005, section 3) on a GPU: what lies between its matrix products, in few
+passes over the weight. `functional.py` is the same in torch.
 
 Forward reads the weight for each of three digits of the threshold, and a last time to write the masked weight in the
 dtype of the product and the mask as bits; W' and its importance are never stored. Backward reads it once for the
@@ -68,8 +69,15 @@ def gradients(
     factors: tuple[Tensor, ...],
     numbers: tuple[float, float, float],
 ) -> tuple[Tensor, ...]:
-    """The gradients of U, V, A, B, R and C in fp32 from G [out, in], that of the masked weight; without bits nothing
-    is pruned. The order of every sum is fixed."""
+    """The gradients of U, V, A, B, R and C in fp32, each in the shape of its factor, from that of the masked weight.
+    The order of every sum is fixed.
+
+    Args:
+        G: [out, in], in the dtype of the product. Sums over an fp32 G are in fp32, over others in tf32.
+        weight: W as `select` takes it.
+        bits: M as `select` gives it, uint8 [out * in / 8]; None if the weight learns as if nothing were pruned.
+        factors, numbers: as `select` takes them.
+    """
     (n, k), (U, _, A, *_) = weight.shape, factors
     r, mask_r = U.shape[1], A.shape[1]
     rows, columns = CHUNK
