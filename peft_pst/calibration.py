@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from .functional import Method
 from .layer import PSTLayer, active_layers
+from .mode import evaluating
 
 
 @torch.no_grad()
@@ -46,17 +47,15 @@ def calibrate(model: nn.Module, dataloader: Iterable[Any]) -> None:
     padding = Padding()
     seen = [buffer.view(torch.float64) for layer in layers for buffer in _buffers(layer)]
     before = [buffer.clone() for buffer in seen]
-    training = model.training
     handles = [layer.register_forward_pre_hook(partial(_note, padding)) for layer in layers]
-    model.eval()
     try:
         batch = None
-        for batch in tqdm(dataloader, desc="calibrating", unit="batch"):
-            run_batch(model, batch, layers[0].get_base_layer().weight.device, padding)
+        with evaluating(model):
+            for batch in tqdm(dataloader, desc="calibrating", unit="batch"):
+                run_batch(model, batch, layers[0].get_base_layer().weight.device, padding)
         if batch is None:
             raise ValueError("calibrate() got no batch: the dataloader is empty, or an iterator that was used up.")
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     if torch.distributed.is_available() and torch.distributed.is_initialized():

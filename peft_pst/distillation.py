@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import chain
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .labels import IGNORED, predicts_next, without_adapter
 from .losses import kl_divergence, last_hidden_state_loss, make_projection, select_channels, square_head
+from .mode import evaluating
 from .sharded import is_sharded, reshard
 
 LOSSES = ("logits", "last_hidden_state", "hidden_states")
@@ -158,7 +159,7 @@ class Distillation:
             teacher = self._teacher
             if teacher is None:
                 teacher = self._student
-                stack.enter_context(_evaluating(teacher))
+                stack.enter_context(evaluating(teacher))
                 stack.enter_context(teacher.disable_adapter())
                 # on its way out it thaws a head: the sharded one has to, which the checkpoint knows
                 stack.callback(reshard, teacher)
@@ -230,19 +231,6 @@ def _mask(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor | None:
 
 def _hidden_states(output: ModelOutput) -> tuple[Tensor, ...]:
     return output.decoder_hidden_states if "decoder_hidden_states" in output else output.hidden_states
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while, and then each module's own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _adapted(model: PeftModel, folder: str | os.PathLike) -> PeftModel:

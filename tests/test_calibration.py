@@ -73,12 +73,16 @@ def test_nothing_is_kept_but_the_norms(bert):
 
 def test_the_model_is_as_it_was(bert):
     model = wanda(bert).train()
+    model.base_model.model.bert.embeddings.eval()  # as a user freezes its dropout
+    modes = [module.training for module in model.modules()]
     calibrate(model, batches(1))
     layers = [m for m in model.modules() if isinstance(m, PSTLayer)]
-    assert model.training and not any(layer._forward_pre_hooks for layer in layers)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(layer._forward_pre_hooks for layer in layers)
     with pytest.raises((TypeError, ValueError)):
         calibrate(model, [{"no_such_argument": 1}])
-    assert model.training and not any(layer._forward_pre_hooks for layer in layers)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(layer._forward_pre_hooks for layer in layers)
 
 
 def test_batches_may_be_tensors():

@@ -262,7 +262,10 @@ def test_importance_of_layers_is_how_far_they_turn_their_input():
             weight(linear)[:] *= 1e-3
             linear.bias.data *= 1e-3
     calibration = [{"input_ids": TOKENS, "attention_mask": MASK}]
+    model.train().transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
     smaller = compress(model, num_layers=2, layers="importance", calibration=calibration)
+    assert [module.training for module in model.modules()] == modes
     assert smaller.config.compression["layers"] == [1, 3]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..mode import evaluating
 from .tables import format_table
 
 BATCH_SIZE = 32
@@ -99,21 +100,21 @@ def logits(
 ) -> Iterator[Tensor]:
     """The predictions for texts, batch by batch, in fp32: [texts, classes], or [tokens, vocabulary]; for a `task` with
     a progress bar."""
-    model.eval()
     pads = tokenizer.pad_token is not None
     size = BATCH_SIZE if pads else 1
     device = next(model.parameters()).device
-    for start in tqdm(range(0, len(texts), size), desc=task, disable=task is None):
-        batch = tokenizer(
-            list(texts[start : start + size]),
-            padding=pads,
-            truncation=True,
-            max_length=MAX_LENGTH,
-            return_tensors="pt",
-        ).to(device)
-        found = model(**batch).logits.float()
-        # where each token is predicted, those that fill up a batch do not count
-        yield found[batch["attention_mask"].bool()] if found.ndim == 3 else found
+    with evaluating(model):
+        for start in tqdm(range(0, len(texts), size), desc=task, disable=task is None):
+            batch = tokenizer(
+                list(texts[start : start + size]),
+                padding=pads,
+                truncation=True,
+                max_length=MAX_LENGTH,
+                return_tensors="pt",
+            ).to(device)
+            found = model(**batch).logits.float()
+            # where each token is predicted, those that fill up a batch do not count
+            yield found[batch["attention_mask"].bool()] if found.ndim == 3 else found
 
 
 def _accuracy(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 
+from ..mode import evaluating
 from . import serving
 from .linear import SparseLinear
 
@@ -139,12 +140,8 @@ def _fits(block: nn.Module, names: Names) -> bool:
 def _computes_the_same(fused: FeedForward, block: nn.Module) -> bool:
     """Whether the block as one is the block apart, on random tokens."""
     layers = fused.layers
-    training = block.training
-    block.eval()
     x = torch.randn(3, layers[0].in_features, generator=torch.Generator().manual_seed(0))
     x = x.to(next(block.parameters(), x).dtype)
-    try:
+    with evaluating(block):
         expected, found = fused.apart(x).float(), fused.as_one(x, [layer.pack() for layer in layers]).float()
-        return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    finally:
-        block.train(training)
+    return torch.allclose(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))

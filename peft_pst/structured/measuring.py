@@ -13,6 +13,7 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ..calibration import Padding, run_batch
+from ..mode import evaluating
 
 SEQUENCES, TOKENS = 8, 64
 """The random tokens that a model is measured on without calibration data."""
@@ -52,15 +53,14 @@ def measure(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Any] | No
         turned[index] += (1 - torch.cosine_similarity(before, after, -1)).sum().cpu()
         tokens += len(before)
 
-    training, batch = model.training, None
+    batch = None
     with ExitStack() as stack:
-        stack.callback(model.train, training)
+        stack.enter_context(evaluating(model))
         for module in model.modules():
             if isinstance(module, (nn.Linear, Conv1D)):
                 stack.callback(module.register_forward_pre_hook(note).remove)
         for index, layer in enumerate(layers):
             stack.callback(layer.register_forward_hook(partial(compare, index), with_kwargs=True).remove)
-        model.eval()
         for batch in tqdm(_random_tokens(model) if batches is None else batches, desc="calibrating", unit="batch"):
             run_batch(model, batch, device, padding)
     if batch is None:

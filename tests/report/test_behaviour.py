@@ -60,13 +60,16 @@ def test_another_task_is_named(bert, tokenizer):
 
 
 def test_robustness(bert, tokenizer):
-    model, texts = bert().eval(), TEXTS * 10
+    model, texts = bert().train(), TEXTS * 10
+    model.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
     labels = torch.cat(list(logits(model, tokenizer, texts))).argmax(-1).tolist()
     found = robustness(model, tokenizer, texts, labels)
     assert found.clean == 1 and found == robustness(model, tokenizer, texts, labels)
     assert 0.8 < found.typos < 1 and 0.8 < found.dropped_words < 1
     wrong = robustness(model, tokenizer, texts, [1 - label for label in labels])
     assert wrong.clean == 0 and wrong.typos == pytest.approx(1 - found.typos)
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_labels_need_a_classifier(tokenizer):

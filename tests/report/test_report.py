@@ -75,7 +75,7 @@ def test_table_and_json(bert):
 def test_with_data(bert, local_hub):
     tokenizer = AutoTokenizer.from_pretrained(local_hub / "google-bert" / "bert-base-uncased")
     texts = ["word1 word2 word3", "word60 word61"]
-    model = bert()
+    model = bert().eval()
     found = report(model, texts=texts, labels=[0, 1], tokenizer=tokenizer, dense=bert(1))
     with torch.no_grad():
         classes = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
