@@ -99,6 +99,8 @@ def _rate(numerator: float | Tensor, group: dict[str, Any], state: dict[str, Any
     if v is None or "betas" not in group:
         _warn_of_another_optimizer()
         return min(1.0, numerator)
+    if type(v).dequantize is not Tensor.dequantize:  # torchao's, in 8 or 4 bits
+        v = v.dequantize()
     step = torch.as_tensor(state["step"], dtype=torch.float64)  # in float32, as Adam has it, the first ones are rough
     correction = 1 - group["betas"][1] ** step
     return (numerator / (v / correction).sqrt_().add_(group["eps"])).clamp_(max=1)

@@ -80,6 +80,28 @@ def test_a_training_is_that_of_the_formula(make):
     assert torch.equal(masks(net)[1], mask) and not torch.equal(mask, plain_two_of_four(W))
 
 
+@pytest.mark.filterwarnings("ignore:OptimState")  # torchao's, of a cache
+def test_a_second_moment_in_eight_bits():
+    """torchao's step is taken by an optimizer that knows of no hook, the decay by the formula."""
+    optim = pytest.importorskip("torchao.optim")
+    torch.manual_seed(0)
+    config = PSTConfig.ast(target_modules=["0"], boost=None, masked_decay=0.02, masked_decay_warmup_ratio=0.0)
+    net = get_peft_model(nn.Sequential(nn.Linear(256, 64)), config)
+    layer = net.base_model.model[0]
+    W, D = layer.base_layer.weight.detach(), layer.pst_D["default"]
+    plain = torch.zeros_like(D, requires_grad=True)
+    mine, other = (optim.AdamW8bit([p], lr=0.01, weight_decay=0.1) for p in (D, plain))
+    scheduler = SparsityScheduler(net, STEPS, optimizer=mine)
+    D.grad = plain.grad = torch.randn_like(D)
+    mine.step()
+    other.step()
+    v = other.state[plain]["exp_avg_sq"].dequantize() / (1 - 0.999)
+    rate = (0.01 * 0.02 / (v.sqrt() + 1e-8)).clamp(max=1)
+    expected = plain.detach() - rate * ~plain_two_of_four(W) * (W + plain.detach())
+    torch.testing.assert_close(D.detach(), expected)
+    assert not torch.equal(D, plain) and scheduler.last_step == 0
+
+
 def test_it_shrinks_what_is_masked_and_nothing_else():
     net = model(masked_decay=0.5, masked_decay_warmup_ratio=0.0)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
