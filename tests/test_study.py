@@ -24,7 +24,7 @@ import page as pages  # noqa: E402
 CELLS = """
 seeds: [0, 1]
 rates: [0.1, 0.2]
-tuned_at: 0.9
+tuned_at: [0.9]
 settings:
   cpu:
     bbc: {train_rows: 32, epochs: 1, batch_size: 16, max_length: 8}
@@ -103,7 +103,17 @@ def test_whole_study_counts_its_cells():
 def test_validation_chooses_the_rate_of_each_method(file):
     grid = cells.Grid(file, "cpu")
     _, done = run_all(grid, lambda cell: cell.lr if cell.method == "PST" else -cell.lr)
-    assert (grid.rate("bbc", "dense", done), grid.rate("bbc", "PST", done)) == (0.1, 0.2)
+    assert (grid.rate("bbc", "dense", 0.9, done), grid.rate("bbc", "PST", 0.5, done)) == (0.1, 0.2)
+
+
+def test_rates_are_tried_at_the_nearest_sparsity(file):
+    file.write_text(CELLS.replace("[0.9]\nsettings", "[0.5, 0.9]\nsettings"))
+    grid = cells.Grid(file, "cpu")
+    order, done = run_all(grid, lambda cell: cell.lr if cell.sparsity == 0.5 else -cell.lr)
+    assert grid.count() == len(order) == len(set(order))
+    found = {sparsity: grid.rate("bbc", "PST", sparsity, done) for sparsity in (0.5, 0.6, 0.8, 0.95)}
+    assert found == {0.5: 0.2, 0.6: 0.2, 0.8: 0.1, 0.95: 0.1}
+    assert grid.rate("bbc", "dense", 0.5, done) == grid.rate("bbc", "dense", 0.9, done)
 
 
 def test_only_some(file):
@@ -123,7 +133,7 @@ def test_no_learning_rate_before_its_trials(file):
     grid = cells.Grid(file, "cpu")
     cell = cells.Cell("bbc", "PST", 0.9, 0.1, 0)
     with pytest.raises(ValueError, match=r"\['bbc · PST · 90% · lr 0.2 · seed 0'\] have not run"):
-        grid.rate("bbc", "PST", {cell: result(cell, 1.0, 1.0)})
+        grid.rate("bbc", "PST", 0.9, {cell: result(cell, 1.0, 1.0)})
 
 
 def test_results_of_other_settings_do_not_count(file, tmp_path):
@@ -194,7 +204,7 @@ def test_pst_of_the_tables_is_what_a_newcomer_gets(bert, tmp_path, monkeypatch):
     )
     for name in ("sst2", "banking77"):
         with pytest.raises(Trained):
-            rate = grid.rate(name, "PST", done)
+            rate = grid.rate(name, "PST", 0.9, done)
             settings = {"epochs": 1, "batch_size": 16}
             methods.train(task, grid.methods["PST"], settings, 0.9, rate, 0, tmp_path)
         model = get_peft_model(bert(), eval(config, vars(peft_pst)))

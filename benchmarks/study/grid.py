@@ -57,7 +57,7 @@ class Grid:
         for block in self.order:
             for seed in self.seeds:
                 for sparsity, task, method in product(*map(self._wanted(block), ("sparsities", "tasks", "methods"))):
-                    first = self.trials(task, method) if seed == self.seeds[0] else []
+                    first = self.trials(task, method, sparsity) if seed == self.seeds[0] else []
                     for cell in (*first, None):  # the chosen rate is known after the trials
                         cell = cell or self.cell(task, method, sparsity, seed, done)
                         if cell not in seen:
@@ -66,21 +66,21 @@ class Grid:
 
     def cell(self, task: str, method: str, sparsity: float, seed: int, done: dict[Cell, dict[str, Any]]) -> Cell:
         """The cell with the method's learning rate on the task, chosen already."""
-        return Cell(task, method, self.sparsity(method, sparsity), self.rate(task, method, done), seed)
+        return Cell(task, method, self.sparsity(method, sparsity), self.rate(task, method, sparsity, done), seed)
 
-    def trials(self, task: str, method: str) -> list[Cell]:
-        """The cells that choose a learning rate."""
-        sparsity = self.sparsity(method, self.tuned_at)
+    def trials(self, task: str, method: str, sparsity: float) -> list[Cell]:
+        """The cells that choose a learning rate, at the nearest sparsity where one is tried."""
+        nearest = self._tuned(method, sparsity)
         rates = self.methods[method].get("rates", self.rates)
-        return [Cell(task, method, sparsity, rate, self.seeds[0]) for rate in rates]
+        return [Cell(task, method, nearest, rate, self.seeds[0]) for rate in rates]
 
-    def rate(self, task: str, method: str, done: dict[Cell, dict[str, Any]]) -> float:
+    def rate(self, task: str, method: str, sparsity: float, done: dict[Cell, dict[str, Any]]) -> float:
         """The learning rate of a method on a task: the best on the validation split, by the first metric.
 
         Raises:
             ValueError: if one of the trials is not done.
         """
-        trials = self.trials(task, method)
+        trials = self.trials(task, method, sparsity)
         if missing := [str(cell) for cell in trials if cell not in done]:
             raise ValueError(
                 f"{missing} have not run, and one of the trials is to choose the learning rate: run them."
@@ -92,15 +92,17 @@ class Grid:
 
     def count(self) -> int:
         """How many cells there are."""
-        per_method, wanted = set(), set()
+        wanted, tuned = set(), set()
         for block in self.order:
             for task, method, sparsity in product(*map(self._wanted(block), ("tasks", "methods", "sparsities"))):
-                per_method.add((task, method))
                 wanted.add((task, method, self.sparsity(method, sparsity)))
+                tuned.add((task, method, self._tuned(method, sparsity)))
+        trials = sum(len(self.methods[method].get("rates", self.rates)) for _, method, _ in tuned)
         # the chosen trial is the first seed's cell at its sparsity
-        both = sum((task, method, self.sparsity(method, self.tuned_at)) in wanted for task, method in per_method)
-        trials = sum(len(self.methods[method].get("rates", self.rates)) for _, method in per_method)
-        return len(wanted) * len(self.seeds) + trials - both
+        return len(wanted) * len(self.seeds) + trials - len(wanted & tuned)
+
+    def _tuned(self, method: str, sparsity: float) -> float:
+        return self.sparsity(method, min(self.tuned_at, key=lambda tuned: abs(tuned - sparsity)))
 
     def _wanted(self, block: dict[str, Any]) -> Any:
         def values(key: str) -> list[Any]:

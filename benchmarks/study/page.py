@@ -11,6 +11,7 @@ import argparse
 import re
 import statistics
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +50,11 @@ class Page:
 
     def trials(self, task: str) -> str:
         """What chose the learning rates: the first metric on the validation split."""
-        header = ("method", *(f"lr {rate:g}" for rate in self.grid.rates))
+        columns = list(product(self.grid.tuned_at, range(len(self.grid.rates))))
+        header = ("method", *(f"{sparsity:.0%}, lr {self.grid.rates[i]:g}" for sparsity, i in columns))
         rows = []
         for method in self.methods(task):
-            found = [self.done.get(cell) for cell in self.grid.trials(task, method)]
+            found = [self.done.get(self.grid.trials(task, method, sparsity)[i]) for sparsity, i in columns]
             values = [f"{next(iter(row['validation'].values())):.2f}" if row else NOT_RUN for row in found]
             rows.append((method, *values))
         return format_table(header, rows)
@@ -61,7 +63,7 @@ class Page:
         """The first metric on both splits, of one seed each."""
         page, rows = self._tried, []
         for method in page.methods(task):
-            found = page.rows(task, method, page.grid.tuned_at)
+            found = page.rows(task, method, *page.grid.tuned_at)
             splits = [next(iter(row[split].values())) for row in found for split in ("validation", "test")]
             rows.append((method, *(f"{value:.2f}" for value in splits)) if found else (method, NOT_RUN, NOT_RUN))
         return f"{format_table(('tried', 'validation', 'test'), rows)}\n\n{page.took(task)}"
@@ -126,7 +128,7 @@ class Page:
 
     def rows(self, task: str, method: str, sparsity: float) -> list[dict[str, Any]]:
         """Of each seed that has run."""
-        if any(cell not in self.done for cell in self.grid.trials(task, method)):
+        if any(cell not in self.done for cell in self.grid.trials(task, method, sparsity)):
             return []
         cells = [self.grid.cell(task, method, sparsity, seed, self.done) for seed in self.grid.seeds]
         return [self.done[cell] for cell in cells if cell in self.done]
@@ -135,8 +137,8 @@ class Page:
         return [row["test"][metric] for row in self.rows(task, method, sparsity)]
 
     def cost(self, task: str, method: str) -> tuple[str, str, str, str]:
-        """The chosen learning rate, trained parameters, minutes, peak memory, at the sparsity of the choice."""
-        found = self.rows(task, method, self.grid.tuned_at)
+        """The chosen learning rate, trained parameters, minutes, peak memory, at the highest sparsity of a choice."""
+        found = self.rows(task, method, max(self.grid.tuned_at))
         if not found:
             return ("", "", "", "")
         minutes = statistics.median(row["minutes"] for row in found)
