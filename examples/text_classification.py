@@ -60,7 +60,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text that are read")
-    parser.add_argument("--lr", type=float, default=3e-4, help="learning rate of the PST factors")
+    parser.add_argument("--lr", type=float, help="learning rate of the PST factors, if not by their sparsity")
     parser.add_argument("--head-lr", type=float, default=1e-3, help="learning rate of the new head under PST")
     parser.add_argument("--dense-lr", type=float, default=5e-5, help="learning rate of dense fine-tuning")
     parser.add_argument("--seed", type=int, default=0)

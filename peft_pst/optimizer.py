@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from .boost import NAMES as BOOST
-from .layer import METHODS, PARAMETERS, PSTLayer
+from .layer import METHODS, PARAMETERS, PSTLayer, active_layers
 from .parameters import Kind
 
 # the largest rate that the paper trains BERT-base with
@@ -18,7 +18,7 @@ def create_pst_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
-    lr: float = 3e-4,
+    lr: float | None = None,
     delta_lr: float = 1e-4,
     score_lr: float = 1e-2,
     head_lr: float = 1e-3,
@@ -31,8 +31,8 @@ def create_pst_optimizer(
     Args:
         model: a model with PST layers.
         optimizer_cls: the class of the optimizer.
-        lr: learning rate of low-rank factors: U, V, A, B, R and C. What suits a sparsity of 90 % is too much for 50 %:
-            take 1e-4 there.
+        lr: learning rate of low-rank factors: U, V, A, B, R and C. By default 3e-4, and 1e-4 for a sparsity of at most
+            70 %, which a training has less to bring back from (docs/study.md).
         delta_lr: learning rate of the dense delta of `update="full"`, and of a boost.
         score_lr: learning rate of full score matrices: movement scores and hard concrete gates.
         head_lr: learning rate of all other trainable parameters: a new head, biases, `modules_to_save`.
@@ -41,17 +41,19 @@ def create_pst_optimizer(
     Raises:
         ValueError: if the model has no PST layer or nothing that trains.
     """
-    rates = {"factor": lr, "delta": delta_lr, "score": score_lr}
-    kinds = parameter_kinds(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups: dict[Kind | None, list[nn.Parameter]] = {kind: [] for kind in (*rates, None)}
-    for parameter in trainable:
-        groups[kinds.get(id(parameter))].append(parameter)
     if not trainable or not any(isinstance(module, PSTLayer) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no PST layer, or nothing in it trains: call get_peft_model(model, "
             "PSTConfig(...)) first, or load the adapter with is_trainable=True."
         )
+    if lr is None:
+        lr = 1e-4 if max(layer.active_config.sparsity for layer in active_layers(model)) <= 0.7 else 3e-4
+    rates = {"factor": lr, "delta": delta_lr, "score": score_lr}
+    kinds = parameter_kinds(model)
+    groups: dict[Kind | None, list[nn.Parameter]] = {kind: [] for kind in (*rates, None)}
+    for parameter in trainable:
+        groups[kinds.get(id(parameter))].append(parameter)
     groups = [{"params": group, "lr": rates.get(kind, head_lr)} for kind, group in groups.items() if group]
     return optimizer_cls(groups, lr=lr, **kwargs)
 

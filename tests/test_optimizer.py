@@ -31,6 +31,14 @@ def test_each_kind_of_parameter_has_a_learning_rate_of_its_own(bert, importance,
     )
 
 
+@pytest.mark.parametrize(("choices", "lr"), [({}, 3e-4), ({"pattern": "2:4"}, 1e-4), ({"sparsity": 0.75}, 3e-4)])
+def test_factors_learn_slower_where_less_is_pruned(bert, choices, lr):
+    model = get_peft_model(bert(), PSTConfig(task_type="SEQ_CLS", **choices))
+    optimizer = create_pst_optimizer(model)
+    assert [group["lr"] for group in optimizer.param_groups] == [lr, 1e-3]
+    assert optimizer.defaults["lr"] == lr
+
+
 def test_needs_a_model_that_trains_something(bert):
     with pytest.raises(ValueError, match="BertForSequenceClassification has no PST layer, or nothing in it trains"):
         create_pst_optimizer(bert())

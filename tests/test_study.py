@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -202,12 +203,12 @@ def test_pst_of_the_tables_is_what_a_newcomer_gets(bert, tmp_path, monkeypatch):
         re.search(pattern, script)[1]
         for pattern in (r"get_peft_model\(model, (PSTConfig\(.*\))\)\n", r"optimizers=\((.*\)), None\)")
     )
-    for name in ("sst2", "banking77"):
+    for name, sparsity in product(("sst2", "banking77"), (0.9, 0.5)):
         with pytest.raises(Trained):
-            rate = grid.rate(name, "PST", 0.9, done)
+            rate = grid.rate(name, "PST", sparsity, done)
             settings = {"epochs": 1, "batch_size": 16}
-            methods.train(task, grid.methods["PST"], settings, 0.9, rate, 0, tmp_path)
-        model = get_peft_model(bert(), eval(config, vars(peft_pst)))
+            methods.train(task, grid.methods["PST"], settings, sparsity, rate, 0, tmp_path)
+        model = get_peft_model(bert(), eval(config.replace("0.9", str(sparsity)), vars(peft_pst)))
         expected = eval(optimizer, {**vars(peft_pst), "model": model})
         assert trained[0].peft_config["default"] == model.peft_config["default"]
         assert described(*trained) == described(model, expected)
