@@ -43,6 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="texts of a process at once")
     parser.add_argument("--accumulation", type=int, default=2, help="batches of a process in an optimizer step")
     parser.add_argument("--max-length", type=int, default=64, help="tokens of a text that are read")
+    parser.add_argument("--lr", type=float, help="learning rate of the PST factors, if not by their sparsity")
     parser.add_argument("--save-steps", type=int, default=50, help="optimizer steps from one checkpoint to the next")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -119,7 +120,7 @@ def main() -> None:
     collator = DataCollatorWithPadding(tokenizer)
     loader = DataLoader(data["train"], args.batch_size, shuffle=True, drop_last=True, collate_fn=collator)
     test_loader = DataLoader(data["test"], 64, collate_fn=collator)
-    optimizer = create_pst_optimizer(model)
+    optimizer = create_pst_optimizer(model, lr=args.lr)
     # prepared before anything counts its batches: each process has a part of them
     model, optimizer, loader, test_loader = accelerator.prepare(model, optimizer, loader, test_loader)
     total_steps = args.epochs * len(loader) // args.accumulation

@@ -254,7 +254,7 @@ def test_ast_makes_a_two_of_four_model(world, monkeypatch):
 # a loop of one's own
 
 
-LOOP = ("--model", "bert", "--dataset", "data", "--sparsity", 0.6, "--epochs", 6, "--max-length", 48)
+LOOP = ("--model", "bert", "--dataset", "data", "--sparsity", 0.6, "--lr", 3e-4, "--epochs", 6, "--max-length", 48)
 
 
 @pytest.fixture(scope="module")
