@@ -32,7 +32,7 @@ def create_pst_optimizer(
         model: a model with PST layers.
         optimizer_cls: the class of the optimizer.
         lr: learning rate of low-rank factors: U, V, A, B, R and C. By default 3e-4, and 1e-4 for a sparsity of at most
-            70 %, which a training has less to bring back from (docs/study.md).
+            70 %: what docs/study.md chose at 90 and at 50 %, up to halfway.
         delta_lr: learning rate of the dense delta of `update="full"`, and of a boost.
         score_lr: learning rate of full score matrices: movement scores and hard concrete gates.
         head_lr: learning rate of all other trainable parameters: a new head, biases, `modules_to_save`.
