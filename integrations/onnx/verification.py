@@ -35,8 +35,11 @@ def difference(model: PreTrainedModel, exported: Callable) -> Difference:
     Args:
         model: the PyTorch model.
         exported: an `ORTModelFor…`, or what is called like one.
+
+    Raises:
+        ValueError: if the export has none of the model's outputs.
     """
-    largest, scale = 0.0, 0.0
+    differences, scales = [], []
     torch_names = inspect.signature(model.forward).parameters
     for batch, mask in _batches(model, exported):
         expected = {name: value for name, value in batch.items() if name in torch_names}
@@ -45,9 +48,12 @@ def difference(model: PreTrainedModel, exported: Callable) -> Difference:
                 if isinstance(value, Tensor) and value.is_floating_point() and theirs.get(name) is not None:
                     # a padded position of a decoder sees nothing, and computes nonsense
                     visible = mask[:, -value.shape[1] :].bool() if value.dim() == 3 and mask is not None else ...
-                    largest = max(largest, (value - theirs[name])[visible].abs().max().item())
-                    scale = max(scale, value[visible].abs().max().item())
-    return Difference(largest, scale)
+                    differences.append((value - theirs[name])[visible].abs().max())
+                    scales.append(value[visible].abs().max())
+    if not differences:
+        raise ValueError(f"The exported graph has none of the outputs of {type(model).__name__}: nothing to compare.")
+    # torch's maximum, unlike Python's, is not a number if one of them is not
+    return Difference(torch.stack(differences).max().item(), torch.stack(scales).max().item())
 
 
 def check(found: Difference, tolerance: float) -> None:

@@ -1,6 +1,7 @@
 """Export to ONNX. What is exported is opened again in another process, which knows nothing of peft_pst."""
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ pytest.importorskip("onnxruntime", reason="exports need the extra peft-pst[onnx]
 
 from onnx import numpy_helper  # noqa: E402
 
-from peft_pst.integrations.onnx import export, graph  # noqa: E402
+from peft_pst.integrations.onnx import export, graph, verification  # noqa: E402
 
 WITH_OPTIMUM = transformers.__version__.startswith("4.")
 needs_optimum = pytest.mark.skipif(not WITH_OPTIMUM, reason="there is no optimum-onnx for transformers 5")
@@ -360,3 +361,28 @@ except SystemExit as exit:
         lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
         assert "[Errno 27] File too large" in lines[-1] and lines[-1].startswith("Error: ")
         assert list((tmp_path / "out").iterdir()) == []
+
+
+class Exported:
+    """What is called like an exported model, and computes what it is given."""
+
+    input_names = ("input_ids", "attention_mask", "token_type_ids")
+
+    def __init__(self, compute):
+        self.compute = compute
+
+    def __call__(self, **batch):
+        return self.compute(batch)
+
+
+def test_what_is_no_number_is_not_near():
+    model = make("bert", 64).eval()
+    found = verification.difference(model, Exported(lambda batch: model(**batch)))
+    assert found.largest == 0.0 < found.scale
+    verification.check(found, 1e-4)
+    for wrong in (math.nan, math.inf):
+        found = verification.difference(model, Exported(lambda batch, x=wrong: {"logits": model(**batch).logits + x}))
+        with pytest.raises(ValueError, match="away from PyTorch's"):
+            verification.check(found, 1e-4)
+    with pytest.raises(ValueError, match="none of the outputs"):
+        verification.difference(model, Exported(lambda batch: {"scores": model(**batch).logits}))
