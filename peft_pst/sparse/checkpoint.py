@@ -43,7 +43,8 @@ def save_pretrained(
     """Save a merged model so that its zeros take no space; with `import peft_pst`, `from_pretrained` opens it.
 
     The folder is written beside its place and then exchanged with what is there: it holds the old model or the new
-    one, whatever happens. Files of other names stay in it.
+    one, whatever happens. Files of other names stay in it. Only where a folder cannot be exchanged, as a mount point
+    or the current directory, its files are replaced one by one.
 
     A model that FSDP2 or ZeRO-3 spreads over processes is gathered, a tensor at a time, and written by the first of
     them: all processes call this, and each returns when the folder is there.
@@ -80,7 +81,7 @@ def save_pretrained(
             f"{os.fspath(folder)!r} holds an adapter, which transformers would open instead of the model: save the "
             "model into a folder of its own."
         )
-    with replacing(Path(folder).absolute(), lambda name: REPLACED.fullmatch(name) is not None) as written:
+    with replacing(Path(folder), lambda name: REPLACED.fullmatch(name) is not None) as written:
         if format == "dense" or values != "exact":
             model = densify(copy.deepcopy(model)) if _has_sparse_layers(model) else model
         if format == "dense":

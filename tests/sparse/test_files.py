@@ -1,5 +1,10 @@
 import ctypes
 import os
+import shutil
+import tempfile
+import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -86,3 +91,76 @@ def test_a_process_that_died_between_two_renames(tmp_path):
     folder(workplace / "old", x="1", mine="2")
     replace(tmp_path / "a", x="3")
     assert content(tmp_path / "a") == {"x": "3", "mine": "2"} and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_link_stays_one(tmp_path):
+    real = folder(tmp_path / "real", x="1", mine="2")
+    (tmp_path / "link").symlink_to(real)
+    replace(tmp_path / "link", x="new")
+    assert (tmp_path / "link").is_symlink() and content(real) == {"x": "new", "mine": "2"}
+
+
+@pytest.mark.parametrize("why", ["the current directory", "a mount point", "in a folder of somebody else's"])
+def test_a_folder_that_cannot_be_exchanged(tmp_path, monkeypatch, why):
+    old = folder(tmp_path / "old", x="1", mine="2", weights="3")
+    folder(old / "sub", y="1")
+    inode = old.stat().st_ino
+    if why == "the current directory":
+        monkeypatch.chdir(old)
+    elif why == "a mount point":
+        monkeypatch.setattr(Path, "is_mount", lambda path: path == old)
+    else:
+        monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    written_last = []
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written_last.append(Path(b).name), rename(a, b)))
+    with replacing(Path() if why == "the current directory" else old, lambda name: name == "weights") as written:
+        assert os.listdir(tmp_path) == ["old"]
+        for name in ("config.json", "x"):
+            (written / name).write_text("new")
+        folder(written / "sub", y="new")
+    assert written_last[-1] == "config.json" and old.stat().st_ino == inode
+    assert content(old / "sub") == {"y": "new"} and sorted(os.listdir(old)) == ["config.json", "mine", "sub", "x"]
+    assert (old / "x").read_text() == (old / "config.json").read_text() == "new" and Path.cwd().exists()
+
+
+def test_a_sweep_before_the_lock(tmp_path, monkeypatch):
+    """Another process saves, and sweeps, in the moment in which the workplace is there but not locked yet."""
+    make = tempfile.mkdtemp
+
+    def make_and_wait(**kwargs):
+        monkeypatch.setattr(tempfile, "mkdtemp", make)
+        made = make(**kwargs)
+        replace(tmp_path / "a", x="theirs", more="1")
+        return made
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_wait)
+    replace(tmp_path / "a", x="ours")
+    assert content(tmp_path / "a") == {"x": "ours", "more": "1"} and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_sweep_holds_the_lock(tmp_path, monkeypatch):
+    """A workplace that is about to be swept is not begun to be used."""
+    make, remove = tempfile.mkdtemp, shutil.rmtree
+    sweeping, others = threading.Event(), []
+
+    def make_and_wait(**kwargs):
+        monkeypatch.setattr(tempfile, "mkdtemp", make)
+        made = make(**kwargs)
+        others.append(threading.Thread(target=replace, args=(tmp_path / "a",), kwargs={"x": "theirs"}))
+        others[0].start()
+        assert sweeping.wait(60)
+        return made
+
+    def remove_late(path, **kwargs):
+        if threading.current_thread() in others and not sweeping.is_set():
+            sweeping.set()
+            time.sleep(0.5)  # time enough for the first to go on, if nothing held it
+        remove(path, **kwargs)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_wait)
+    monkeypatch.setattr(shutil, "rmtree", remove_late)
+    with replacing(tmp_path / "a", lambda name: False) as written:
+        others[0].join()
+        (written / "x").write_text("ours")
+    assert content(tmp_path / "a") == {"x": "ours"} and os.listdir(tmp_path) == ["a"]
