@@ -32,6 +32,9 @@ class PSTCallback(TrainerCallback):
         self.scheduler = SparsityScheduler(model, state.max_steps, state.global_step, kwargs.get("optimizer"))
         self._forget_denser_best(state)
         _check_learning_rate(model, kwargs.get("optimizer"))
+        if args.gradient_checkpointing:
+            # embeddings are frozen, and reentrant checkpoints give no gradient to a block whose input has none
+            model.enable_input_require_grads()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -162,6 +162,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(bert, tokens):
         torch.testing.assert_close(grads[1][name], grad, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("arguments", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_with_gradient_checkpointing_every_factor_trains(bert, tmp_path, arguments):
+    """Embeddings are frozen: to reentrant checkpoints that looks as if there were nothing to train."""
+    settings = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": arguments, "max_steps": 3}
+    made = trainer(bert, tmp_path, **settings)
+    before = {name: p.detach().clone() for name, p in made.model.named_parameters() if "pst_" in name}
+    made.train()
+    after = dict(made.model.named_parameters())
+    assert before and not [name for name, value in before.items() if torch.equal(after[name], value)]
+
+
 def start(folder, *arguments):
     return subprocess.Popen([sys.executable, SCRIPT, folder, *arguments], stderr=subprocess.PIPE, text=True)
 
