@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_pst.distillation import Distillation, DistillationConfig
-from peft_pst.labels import share_of_step
+from peft_pst.labels import predicts_next, share_of_step
 
 PROJECTION = "distillation_projection.safetensors"
 """The file of a projection in a checkpoint, beside the optimizer's."""
@@ -24,7 +24,8 @@ class DistillingTrainer(Trainer):
     its weight, as the mean over the steps since the last log.
 
     A projection trains in a group of its own, at the optimizer's default rate and without weight decay. It is in the
-    checkpoints, so that a training goes on with it, and not in the saved model.
+    checkpoints, so that a training goes on with it, and not in the saved model. Its gradients are clipped with those
+    of the model.
 
     Args:
         *args, **kwargs: those of `transformers.Trainer`.
@@ -32,14 +33,23 @@ class DistillingTrainer(Trainer):
             accumulation batches weigh by their labels, as in the task's loss. Evaluation reports that loss alone.
 
     Raises:
-        ValueError: if the teacher does not fit the model; or with a projection, if a learning rate scheduler is given,
-            which would not know its group, or the model is to be sharded by FSDP or DeepSpeed.
+        ValueError: if the teacher does not fit the model, or there is a `model_init`, whose model it would not know;
+            or with a projection, if a learning rate scheduler is given, which would not know its group, or the model
+            is to be sharded by FSDP or DeepSpeed.
     """
 
     def __init__(self, *args: Any, distillation: DistillationConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if distillation is not None and self.model_init is not None:
+            raise ValueError(
+                "model_init makes another model when training begins, but the distillation is of one that is there: "
+                "give the Trainer the model."
+            )
+        # where a model is no language model, transformers' loss of a batch is a mean, whatever the step's labels
+        self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs and predicts_next(self.model)
         self._distillation = None if distillation is None else Distillation(self.model, distillation)
-        self._not_logged: list[tuple[int, dict[str, Tensor]]] = []  # the step of each batch, and its losses
+        self._not_logged: dict[str, Tensor] = {}  # the sum of each loss since the last log
+        self._logged_until = 0
         self._projection = None if distillation is None else self._distillation.projection
         if self._projection is None:
             return
@@ -54,7 +64,11 @@ class DistillingTrainer(Trainer):
                 "leave the projection out; the kept channels are compared then."
             )
         self._projection.to(self.args.device)
-        self.add_callback(_ProjectionCallback(self))
+        self.add_callback(_ProjectionCallback(self._projection))
+        clip = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = lambda parameters, *args, **kwargs: clip(
+            [*parameters, self._projection.weight], *args, **kwargs
+        )
 
     def create_optimizer(self, *args: Any) -> torch.optim.Optimizer:
         """The optimizer, as in `Trainer`, with the projection in it."""
@@ -80,7 +94,7 @@ class DistillingTrainer(Trainer):
         asked = self._distillation.request(inputs)
         task, outputs = super().compute_loss(model, asked, True, num_items_in_batch)
         losses = self._distillation.losses(inputs, outputs, taught)
-        if not all(loss.requires_grad for loss in losses.values()):
+        if task.requires_grad and not all(loss.requires_grad for loss in losses.values()):
             raise ValueError(
                 f"{sorted(losses)} have no gradient: {type(self).__name__} does not take its loss from the logits "
                 "that the model returns, like TRL's SFTTrainer, whose head is fused. Make a subclass of it with "
@@ -96,9 +110,20 @@ class DistillingTrainer(Trainer):
         else:
             part = 1 / self.current_gradient_accumulation_steps  # which Trainer does to the loss after this
         of_batch = {f"{name}_loss": part * loss.detach() for name, loss in {"task": task, **losses}.items()}
-        self._not_logged.append((self.state.global_step, of_batch))
+        if not self._not_logged:
+            self._logged_until = self.state.global_step
+        self._not_logged = {name: loss + self._not_logged.get(name, 0) for name, loss in of_batch.items()}
         loss = self._distillation.total(task, losses)
         return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of a batch, as in `Trainer`; DDP does not know the projection, so its gradient is
+        averaged here."""
+        loss = super().training_step(*args, **kwargs)
+        if self._projection is not None and self.accelerator.sync_gradients:
+            weight = self._projection.weight
+            weight.grad = self.accelerator.reduce(weight.grad, "mean")
+        return loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, as in `Trainer`, with the teacher's losses beside the loss."""
@@ -107,10 +132,8 @@ class DistillingTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _mean_losses(self) -> Mapping[str, float]:
-        batches, self._not_logged = self._not_logged, []
-        steps = len({step for step, _ in batches})
-        names = batches[0][1] if batches else ()
-        sums = {name: torch.stack([losses[name] for _, losses in batches]).sum() for name in names}
+        sums, self._not_logged = self._not_logged, {}
+        steps = self.state.global_step - self._logged_until
         return {name: self.accelerator.gather(total).mean().item() / steps for name, total in sums.items()}
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -123,26 +146,20 @@ class DistillingTrainer(Trainer):
             file = Path(checkpoint, PROJECTION)
             if not file.is_file():
                 raise ValueError(
-                    f"{os.fspath(checkpoint)!r} has no {PROJECTION}: it is of a training without a projection. Go on "
-                    "with projection=False, or begin anew."
+                    f"{os.fspath(checkpoint)!r} has no {PROJECTION}: it is of a training without a projection, or one "
+                    "with save_only_model=True. Go on with projection=False, or begin anew."
                 )
             self._projection.load_state_dict(load_file(file))
         super()._load_optimizer_and_scheduler(checkpoint)
 
 
 class _ProjectionCallback(TrainerCallback):
-    """What the Trainer does to the gradients of its model, and has to be done to the projection's."""
+    """The Trainer forgets only the gradients of its model."""
 
-    def __init__(self, trainer: DistillingTrainer) -> None:
-        self._trainer = trainer
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        weight = self._trainer._projection.weight
-        weight.grad = self._trainer.accelerator.reduce(weight.grad, "mean")
+    def __init__(self, projection: nn.Module) -> None:
+        self._projection = projection
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._trainer._projection.zero_grad()
+        self._projection.zero_grad()

@@ -11,7 +11,13 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig, compress
 from peft_pst.integrations import PSTTrainer
@@ -52,7 +58,16 @@ class Recorder(TrainerCallback):
             raise KeyboardInterrupt
 
 
-def make(folder, model, recorder=None, trainer_class=DistillingTrainer, projection=True, optimizers=None, **kwargs):
+def make(
+    folder,
+    model,
+    recorder=None,
+    trainer_class=DistillingTrainer,
+    projection=True,
+    optimizers=None,
+    init=None,
+    **kwargs,
+):
     settings = {
         "max_steps": 1,
         "per_device_train_batch_size": 8,
@@ -72,6 +87,7 @@ def make(folder, model, recorder=None, trainer_class=DistillingTrainer, projecti
         train_dataset=list(rows()),
         distillation=config,
         callbacks=[recorder or Recorder()],
+        model_init=init,
         **({"optimizers": optimizers} if optimizers else {}),
     )
 
@@ -106,6 +122,50 @@ def test_gradients_are_those_of_the_plain_step(tmp_path, projection, accumulatio
         moved = trainer._projection.weight.detach()
         torch.testing.assert_close(moved, start - 1e-2 * distillation.projection.weight.grad, rtol=1e-4, atol=1e-7)
         assert trainer._projection.weight.grad is None
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_projection_is_clipped_with_the_model(tmp_path, accumulation):
+    norms = []
+
+    class Norms(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
+            of_model = [p.grad.norm() for p in model.parameters() if p.grad is not None]
+            norms.append(torch.stack([*of_model, made._projection.weight.grad.norm()]).norm())
+
+    batches = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    made = make(tmp_path, student(), Norms(), max_grad_norm=0.1, max_steps=2, **batches)
+    made.train()
+    assert [float(norm) for norm in norms] == pytest.approx([0.1, 0.1], rel=1e-4)
+    assert made.state.log_history[0]["grad_norm"] > 0.1
+
+
+def classifier():
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(LlamaConfig(vocab_size=99, num_labels=3, pad_token_id=0, **SIZES))
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_classifier_and_its_teacher_weigh_alike_under_accumulation(tmp_path, accumulation):
+    """transformers' loss of a classifier is a mean over the batch, which does not know of the other batches."""
+    settings = {"max_steps": 1, "report_to": "none", "disable_tqdm": True, "use_cpu": True, "max_grad_norm": 0}
+    settings |= {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    data = [{"input_ids": [(7 * j + 11 * i) % 98 + 1 for j in range(6)], "labels": i % 3} for i in range(8)]
+    teacher, expected, recorder = classifier(), classifier(), Recorder()
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    distillation = DistillationConfig(teacher, logits=2.0)
+    reference = Distillation(expected.train(), distillation)
+    inputs = {name: torch.tensor([row[name] for row in data]) for name in ("input_ids", "labels")}
+    output = expected(**reference.request(inputs))
+    reference.total(output.loss, reference.losses(inputs, output, reference.teach(inputs))).backward()
+    arguments = TrainingArguments(str(tmp_path), save_strategy="no", logging_steps=1, **settings)
+    trainer = DistillingTrainer(
+        classifier(), arguments, train_dataset=data, distillation=distillation, callbacks=[recorder]
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["task_loss"] == pytest.approx(float(output.loss.detach()), rel=1e-4)
+    assert distance(recorder.found, {n: p.grad for n, p in expected.named_parameters() if p.grad is not None}) < 1e-5
 
 
 def test_a_projection_learns_and_is_not_saved(tmp_path):
@@ -179,6 +239,8 @@ def test_refused(tmp_path):
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     with pytest.raises(ValueError, match="which a scheduler that was made before does not know"):
         make(tmp_path, model, optimizers=(optimizer, scheduler))
+    with pytest.raises(ValueError, match="model_init makes another model when training begins"):
+        make(tmp_path, None, init=student)
     with pytest.raises(ValueError, match="has no layer with an active PST adapter"):
         make(tmp_path, student(), trainer_class=PSTTrainer).train()
     settings = {"save_strategy": "steps", "save_steps": 1}
