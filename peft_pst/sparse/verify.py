@@ -30,12 +30,19 @@ def verify(folder: str | os.PathLike, against: str | os.PathLike | None = None) 
         For each tensor, by the name that it has in a dense file, what is wrong with it: nothing, if it is right.
 
     Raises:
-        ValueError: if the folder holds no sparse checkpoint, its description was damaged, or a file cannot be read as
-            safetensors, because it was cut short or its header is damaged.
+        ValueError: if the folder holds no sparse checkpoint, or one without checksums and there is nothing to compare
+            it with; its description was damaged; or a file cannot be read as safetensors, because it was cut short or
+            its header is damaged.
         OSError: if a file is not there.
     """
-    if _description(folder) is None:
+    description = _description(folder)
+    if description is None:
         raise ValueError(f"{str(folder)!r} holds no sparse checkpoint: write one with peft_pst.save_pretrained().")
+    if not description.checksums and against is None:
+        raise ValueError(
+            f"{str(folder)!r} holds no checksums, as transformers' own save_pretrained() leaves it: save it with "
+            "peft_pst.save_pretrained(), or compare it with another folder (against, --against)."
+        )
     found = {name: (_identity(tensor), problems) for name, tensor, problems in _tensors(Path(folder))}
     if against is not None:
         others = {name: _identity(tensor) for name, tensor, _ in _tensors(Path(against))}

@@ -4,6 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from peft_pst import PSTConfig, save_pretrained
 from peft_pst.sparse.verify import verify
@@ -91,3 +92,15 @@ def test_against_another(folder):
 def test_what_is_no_sparse_checkpoint(folder):
     with pytest.raises(ValueError, match=r"holds no sparse checkpoint: write one with peft_pst.save_pretrained\(\)"):
         verify(folder.parent / "dense")
+
+
+def test_without_checksums(folder):
+    """transformers saves what was opened in the same format, but knows nothing of them."""
+    theirs = folder.parent / "theirs"
+    AutoModelForSequenceClassification.from_pretrained(folder).save_pretrained(theirs)
+    with pytest.raises(ValueError, match="holds no checksums, as transformers' own"):
+        verify(theirs)
+    assert not problems(verify(theirs, folder))
+    key = "bert.encoder.layer.0.output.dense.weight"
+    change(theirs, f"{key}_values", flip)
+    assert problems(verify(theirs, folder)) == {key: [f"not the same as in {folder}"]}
