@@ -12,6 +12,7 @@ that it needs: they were taken earlier, so they are under way.
 from __future__ import annotations
 
 import inspect
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -509,14 +510,24 @@ def _run(call, layer, address):
 
 
 def compile_worker() -> Any:
-    """The worker as a C callback of one argument, the address of a program; from numba's cache if it is there."""
+    """The worker as a C callback of one argument, the address of a program; from numba's cache if it is there, and
+    compiled for this process alone where numba can write none."""
     # numba looks only at this file to see whether what it cached is old
     stamp = zlib.crc32(b"".join(Path(m.__file__).read_bytes() for m in (emit, layout, program, activations, target)))
 
-    @cfunc(types.void(ADDRESS), cache=True, error_model="numpy")
     def worker(address):
         stamp  # noqa: B018
         call = carray(call_at(address), 1)[0]
         _run(call, carray(layer_at(call.layer), 1)[0], address)
 
-    return worker
+    try:
+        return cfunc(types.void(ADDRESS), cache=True, error_model="numpy")(worker)
+    except RuntimeError as error:
+        if "cannot cache" not in str(error):
+            raise
+        warnings.warn(
+            "Numba found no folder to keep the compiled kernels in, so every process compiles them again, for about "
+            "ten seconds: let the environment variable NUMBA_CACHE_DIR name one that can be written to.",
+            stacklevel=2,
+        )
+        return cfunc(types.void(ADDRESS), error_model="numpy")(worker)

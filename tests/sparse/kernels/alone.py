@@ -188,6 +188,25 @@ def edited(*names):
             print(name)
 
 
+def without_a_cache():
+    """Compute where numba finds no folder that it can write to."""
+    import warnings
+
+    from numba.core.caching import CacheImpl
+    from sparse.kernels.cases import allowed_error, error, make
+
+    from peft_pst.sparse.kernels import layer
+    from peft_pst.sparse.kernels.layout import Kind
+
+    CacheImpl._locator_classes = []
+    weight, x = make(48, 64, 0.3, Kind.FP32), torch.randn(3, 64)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        y = layer.Layer(weight.pack())(x)
+    assert error(y, weight.reference(x)) < allowed_error(3)
+    print([str(one.message).split(" name")[0][-15:] for one in said])
+
+
 def without_fp16():
     """Make all fp16 of a processor that has no instruction for it, and read every number."""
     import numpy as np

@@ -89,3 +89,7 @@ def test_cache(alone):
     files = ["emit.py", "activations.py", "layout.py", "program.py", "target.py"]  # numba looks at worker.py
     done = alone("edited", *files)
     assert done.stdout.split("\n")[:-1] == ["found 1", *files] and "Compiling" not in done.stderr
+
+
+def test_where_no_cache_can_be_written(alone):
+    assert alone("without_a_cache").stdout == "['NUMBA_CACHE_DIR']\n"
