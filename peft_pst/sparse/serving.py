@@ -59,8 +59,10 @@ class Served:
         values, kind, scales, self._input_scales = _values(linear)
         self._linear = weakref.ref(linear)
         self._sizes = linear.in_features, linear.out_features
-        self._bias, self._bias_version = linear.bias, None if linear.bias is None else _version(linear.bias)
-        self.packed = pack(values, kind, scales, linear.bias)
+        with torch.inference_mode(False):  # its bias is written again in later calls, of whatever mode
+            self.packed = pack(values, kind, scales, linear.bias)
+        self._packed_bias = self.packed.bias[: linear.out_features]
+        self._has_bias = linear.bias is not None
         self._layer = Layer(self.packed)
         self._row_of, self._by_kernel = row_of, kernel_is_faster(self.packed)
         self._dense: Tensor | None = None
@@ -75,12 +77,13 @@ class Served:
         return self._by_kernel[self._row_of(tokens)]
 
     def refresh(self) -> None:
-        """See to it that the packed bias is that of the layer."""
-        linear = self._linear()
-        bias = linear._parameters["bias"]
-        if bias is not None and (bias is not self._bias or _version(bias) != self._bias_version):
-            self.packed.bias[: len(bias)] = bias.detach()
-            self._bias, self._bias_version = bias, _version(bias)
+        """Write the bias of the layer, whose changes cannot be seen: none of `bias.data` raises a version."""
+        bias = self._linear()._parameters["bias"]
+        if bias is not None:
+            self._packed_bias.copy_(bias)
+        elif self._has_bias:
+            self._packed_bias.zero_()
+        self._has_bias = bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
         """fp32 [..., in] to fp32 [..., out], without gradients.
@@ -205,8 +208,3 @@ def _warn_of_no_half() -> None:
         "in fp16.",
         stacklevel=2,
     )
-
-
-def _version(parameter: Tensor) -> int:
-    """How often a tensor was changed in place; torch does not count it for one that was made in inference mode."""
-    return 0 if parameter.is_inference() else parameter._version

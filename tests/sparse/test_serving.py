@@ -60,6 +60,22 @@ def test_the_product(kind, shape, by_kernel):
     assert not x.numel() or error(y, reference(linear, x)) < 1e-6
 
 
+@pytest.mark.parametrize("packed_in", [torch.no_grad, torch.inference_mode])
+def test_the_bias_is_that_of_now(packed_in, by_kernel):
+    x = torch.randn(3, 192)
+    with packed_in():
+        sparse = SparseLinear.from_linear(pruned())
+        sparse(x)
+    sparse.bias = nn.Parameter(torch.ones(160), requires_grad=False)
+    product = sparse(x) - 1
+    sparse.bias.data.add_(5)
+    torch.testing.assert_close(sparse(x), product + 6)
+    sparse.bias = None
+    torch.testing.assert_close(sparse(x), product)
+    sparse.bias = nn.Parameter(torch.full((160,), 2.0, dtype=torch.bfloat16), requires_grad=False)
+    torch.testing.assert_close(sparse(x), product + 2)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("conv1d", [False, True])
 @pytest.mark.parametrize(("values", "bound"), [("bf16", 5e-3), ("fp16", 1e-3), ("int8", 2e-2)])
