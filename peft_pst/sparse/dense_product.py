@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from .. import gemm
+from . import serving
 
 LARGE = 2**20
 """Weights from which on a layer is worth it."""
@@ -21,8 +21,7 @@ class DenseProduct:
         """[..., in] to [..., out]."""
         linear = self._linear
         weight = linear.weight
-        plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor
-        if plain or x.dtype != weight.dtype or not weight.is_cpu:
+        if serving.is_watched(x) or x.dtype != weight.dtype or not weight.is_cpu:
             return nn.Linear.forward(linear, x)
         return gemm.linear(x, weight, linear.bias)
 

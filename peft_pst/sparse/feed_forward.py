@@ -55,7 +55,7 @@ BLOCKS = (
 class FeedForward:
     """The forward of a block, in the place of its own one: y = W act(F x) or W (act(G x) · (F x)) in one call.
 
-    Where that does not serve, as with gradients or under torch.compile, the block's own method computes it.
+    Where that does not serve, as with gradients or in a graph, the block's own method computes it.
     """
 
     def __init__(self, block: nn.Module, names: Names) -> None:
@@ -67,9 +67,7 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]; of a BERT layer with its residual connection and norm."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.dtype not in serving.DTYPES:
-            return self.apart(x)
-        if torch.is_grad_enabled() or self._block.training or x.device.type != "cpu":
+        if serving.is_watched(x) or x.dtype not in serving.DTYPES or self._block.training or x.device.type != "cpu":
             return self.apart(x)
         tokens = x.numel() // x.shape[-1]
         served = [layer.pack() for layer in self.layers]

@@ -120,6 +120,8 @@ class SparseLinear(nn.Module):
         # what a server calls goes the shortest way: a call from Python takes as long as some products
         if served is not None and x.dtype == torch.float32 and x.is_cpu and not serving.is_watched(x):
             return served.forward(x)
+        if serving.is_transformed():
+            return self.plain(x)
         if x.shape[-1] != self.in_features:
             raise serving.wrong_input(x, self.in_features)
         if x.dtype in serving.DTYPES and x.is_cpu and (served is not None or serving.is_possible(self)):
@@ -133,7 +135,8 @@ class SparseLinear(nn.Module):
 
     def plain(self, x: Tensor) -> Tensor:
         """The forward by the decoded weight, on any device and in any dtype."""
-        weight = self.weight.to(x.dtype)
+        weight = serving.constant_weight(self) if serving.is_transformed() else self.weight
+        weight = weight.to(x.dtype)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight.T if self.conv1d else weight, bias)
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .serving import is_in_a_graph
+
 if TYPE_CHECKING:
     from .linear import SparseLinear
 
@@ -59,7 +61,7 @@ def is_two_of_four(matrix: Tensor) -> bool:
 
 def is_possible(linear: SparseLinear, x: Tensor) -> bool:
     """Whether a layer's product runs here: its weight is 2:4 and on the input's GPU, and nothing is recorded."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor or not is_able(x.device):
+    if is_in_a_graph(x) or not is_able(x.device):
         return False
     bias = linear.bias
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):

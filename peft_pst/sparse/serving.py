@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.autograd import forward_ad
 
 from .. import gemm
 from . import gpu_serving
@@ -117,8 +119,34 @@ class Served:
 
 
 def is_watched(x: Tensor) -> bool:
-    """Whether a call is recorded: for gradients, by torch.compile, or on tensors of another kind."""
-    return torch.is_grad_enabled() or type(x) is not Tensor or torch.compiler.is_compiling()
+    """Whether more is asked of a call than its values: gradients, tangents or a graph."""
+    return torch.is_grad_enabled() or is_in_a_graph(x) or is_transformed()
+
+
+def is_in_a_graph(x: Tensor) -> bool:
+    """Whether torch.compile, torch.export or the like see a call as an operation, or its tensor is of another kind."""
+    return torch.compiler.is_compiling() or type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_transformed() -> bool:
+    """Whether torch.jit traces a call, or forward-mode AD or torch.func go through it: of what a kernel writes into
+    memory they see nothing, and need a product that torch knows."""
+    if torch.compiler.is_compiling():
+        return False
+    # of torch.autograd.forward_ad and torch.func no public function says it
+    has_tangents = forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return has_tangents or torch.jit.is_tracing()
+
+
+def constant_weight(linear: SparseLinear) -> Tensor:
+    """The dense weight for a call that is transformed, to which it is a constant: codecs read memory, too."""
+    state = torch._C._get_tracing_state()
+    torch._C._set_tracing_state(None)
+    try:
+        with temporarily_clear_interpreter_stack():
+            return linear.weight
+    finally:
+        torch._C._set_tracing_state(state)
 
 
 def wrong_input(x: Tensor, in_features: int) -> ValueError:
@@ -131,7 +159,7 @@ def wrong_input(x: Tensor, in_features: int) -> ValueError:
 
 def serve(linear: SparseLinear, x: Tensor) -> Tensor:
     """The forward of a layer that is served, differentiable: [..., in] to [..., out], in the dtype of x."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
+    if is_in_a_graph(x):
         if torch.is_grad_enabled() and linear.bias is not None and linear.bias.requires_grad:
             return linear.plain(x)
         return torch.ops.peft_pst.sparse_linear(x, linear._handle)

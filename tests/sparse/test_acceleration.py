@@ -159,6 +159,16 @@ def test_compile_a_whole_model(by_kernel):
     assert torch._dynamo.explain(fast)(TOKENS).graph_break_count == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated")
+def test_trace_a_whole_model(by_kernel):
+    model = merged("bert")
+    model.config.return_dict = False
+    fast = accelerate_sparse(copy.deepcopy(model))
+    with torch.no_grad():
+        traced = torch.jit.trace(fast, (TOKENS,), check_trace=False)
+        torch.testing.assert_close(traced(TOKENS.flip(1)), model(TOKENS.flip(1)))
+
+
 def test_a_large_layer_that_stays_dense_uses_the_faster_library(monkeypatch):
     from peft_pst import gemm
     from peft_pst.sparse.dense_product import DenseProduct
@@ -174,6 +184,8 @@ def test_a_large_layer_that_stays_dense_uses_the_faster_library(monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model(x), expected)
         torch.testing.assert_close(copy.deepcopy(model)(x), expected)
+        tangent = torch.func.jvp(model, (x.detach(),), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.func.jvp(densify(copy.deepcopy(model)), (x,), (torch.ones_like(x),))[1])
     torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], grad)
     assert not any("forward" in vars(module) for module in densify(model))
 

@@ -9,6 +9,8 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import SparseLinear
@@ -231,6 +233,54 @@ def test_export(by_kernel):
     program = torch.export.export(model, (x,))
     assert "peft_pst.sparse_linear" in str(program.graph)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+GRAPHS = {
+    "torch.jit": lambda model, x: torch.jit.trace(model, (x,), check_trace=False),
+    "make_fx": lambda model, x: make_fx(model)(x),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.* is deprecated", "ignore:The model's sparse weights stay")
+@pytest.mark.parametrize("codec", ["bitmask", "tiles"])
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_a_graph_computes_what_the_layer_computes(graph, codec, by_kernel):
+    """And not what was in the memory that it had."""
+    linear = pruned(sparsity={"bitmask": 0.8, "tiles": 0.99}[codec])
+    sparse = SparseLinear.from_linear(linear)
+    assert sparse.description.codec == codec
+    with torch.no_grad():
+        traced = graph(sparse, torch.randn(40, 192))
+        x = torch.randn(40, 192)
+        torch.testing.assert_close(traced(x), linear(x))
+
+
+TRANSFORMS = {
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x + 1,))[1],
+    "jacfwd": lambda f, x: torch.func.jacfwd(f)(x),
+    "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
+    "vmap": lambda f, x: torch.func.vmap(f)(x),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms(transform, grad, by_kernel):
+    linear, x = pruned(), torch.randn(3, 192)
+    sparse = SparseLinear.from_linear(linear)
+    sparse.pack()
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(transform(sparse, x), transform(linear, x))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_tangents(grad, by_kernel):
+    linear, x = pruned(), torch.randn(3, 192)
+    sparse = SparseLinear.from_linear(linear)
+    sparse.pack()
+    with torch.set_grad_enabled(grad), forward_ad.dual_level():
+        _, tangent = forward_ad.unpack_dual(sparse(forward_ad.make_dual(torch.zeros_like(x), x)))
+        torch.testing.assert_close(tangent, x @ linear.weight.T)
 
 
 def test_the_operations_are_registered_rightly(by_kernel):
