@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -55,19 +56,23 @@ BLOCKS = (
 class FeedForward:
     """The forward of a block, in the place of its own one: y = W act(F x) or W (act(G x) · (F x)) in one call.
 
-    Where that does not serve, as with gradients or in a graph, the block's own method computes it.
+    Where that does not serve, as with gradients, in a graph, or when one of the modules has a hook or is another by
+    now, the block's own method computes it.
     """
 
     def __init__(self, block: nn.Module, names: Names) -> None:
         self._block, self._method = block, names.method
         self.layers = [block.get_submodule(name) for name in (names.first, names.gate, names.last) if name]
         self._activation = ACTIVATIONS[type(block.get_submodule(names.activation))]
+        self._steps = list(_steps(block, [name for name in names[:4] if name]))
         self._made_of: list[serving.Served] = []
         self._layer: Layer | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out]; of a BERT layer with its residual connection and norm."""
         if serving.is_watched(x) or x.dtype not in serving.DTYPES or self._block.training or x.device.type != "cpu":
+            return self.apart(x)
+        if not all(parent._modules[name] is module and not _has_hooks(module) for parent, name, module in self._steps):
             return self.apart(x)
         tokens = x.numel() // x.shape[-1]
         served = [layer.pack() for layer in self.layers]
@@ -99,6 +104,20 @@ class FeedForward:
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_made_of": [], "_layer": None}
+
+
+def _steps(block: nn.Module, names: list[str]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """From a block to its submodules: each module on the way, beside its parent and its name there."""
+    for name in names:
+        parent = block
+        for part in name.split("."):
+            module = parent.get_submodule(part)
+            yield parent, part, module
+            parent = module
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def fuse_feed_forward(model: nn.Module) -> None:

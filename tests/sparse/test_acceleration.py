@@ -140,6 +140,27 @@ def test_a_bias_that_changes_reaches_a_block(by_kernel):
     torch.testing.assert_close(logits(fast), logits(densify(copy.deepcopy(fast))))
 
 
+@pytest.mark.parametrize("name", ["intermediate", "intermediate.dense", "output.dense"])
+def test_a_hook_in_a_block_is_called(name, by_kernel):
+    fast, seen = accelerate_sparse(merged("bert")), []
+    block = fast.bert.encoder.layer[0]
+    handle = block.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    with torch.no_grad():
+        expected = fast(TOKENS).logits
+        assert len(seen) == 1
+        handle.remove()
+        torch.testing.assert_close(fast(TOKENS).logits, expected)
+        assert len(seen) == 1
+
+
+def test_a_layer_that_was_replaced_counts(by_kernel):
+    fast = accelerate_sparse(merged("bert"))
+    fast.bert.encoder.layer[0].intermediate.dense = nn.Linear(64, 144)
+    watched = fast(TOKENS).logits
+    with torch.no_grad():
+        torch.testing.assert_close(fast(TOKENS).logits, watched)
+
+
 def test_training_and_gradients_take_the_block_apart(by_kernel):
     fast = accelerate_sparse(merged("llama"))
     embeddings = torch.randn(1, 5, 64, requires_grad=True)
