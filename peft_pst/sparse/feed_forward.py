@@ -139,10 +139,10 @@ def separate_feed_forward(model: nn.Module) -> None:
 
 
 def _fits(block: nn.Module, names: Names) -> bool:
-    """Whether a module has these layers, sparse and packed, this activation, and else nothing but dropout."""
+    """Whether a module has these layers, sparse and on the kernels, this activation, and nothing but dropout."""
     modules = dict(block.named_modules())
     layers = [modules.get(name) for name in (names.first, names.gate, names.last) if name]
-    if not all(isinstance(layer, SparseLinear) and layer.pack() for layer in layers):
+    if not all(isinstance(layer, SparseLinear) and layer.pack() and layer.pack().is_of_use for layer in layers):
         return False
     if type(modules.get(names.activation)) not in ACTIVATIONS or not hasattr(block, names.method):
         return False

@@ -20,6 +20,8 @@ from .codecs import CODECS
 from .storage import decode
 
 if TYPE_CHECKING:
+    from .kernels.layer import Layer
+    from .kernels.layout import Kind, Packed
     from .linear import SparseLinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -54,25 +56,48 @@ class Served:
     """The weight of a layer as the kernels read it."""
 
     def __init__(self, linear: SparseLinear) -> None:
-        from .kernels.choice import kernel_is_faster, row_of
-        from .kernels.layer import Layer
-        from .kernels.layout import pack
+        from .kernels.choice import COSTS, kernel_is_faster, kernel_may_be_faster, row_of
 
-        values, kind, scales, self._input_scales = _values(linear)
         self._linear = weakref.ref(linear)
         self._sizes = linear.in_features, linear.out_features
-        with torch.inference_mode(False):  # its bias is written again in later calls, of whatever mode
-            self.packed = pack(values, kind, scales, linear.bias)
-        self._packed_bias = self.packed.bias[: linear.out_features]
-        self._has_bias = linear.bias is not None
-        self._layer = Layer(self.packed)
-        self._row_of, self._by_kernel = row_of, kernel_is_faster(self.packed)
+        kind, self._input_scales = _kind(linear), _scales(linear)[1]
+        self._row_of, self._by_kernel = row_of, [False] * len(COSTS)
+        # packing takes several times the memory of a dense weight for a while, as of a head without zeros
+        if kernel_may_be_faster(self._sizes[::-1], kind, int(linear.parts["values"].count_nonzero())):
+            self._by_kernel = kernel_is_faster(self.packed)
         self._dense: Tensor | None = None
+        self._has_bias = linear.bias is not None
+
+    @functools.cached_property
+    def packed(self) -> Packed:
+        """The weight and the bias."""
+        from .kernels.layout import pack
+
+        linear = self._linear()
+        with torch.inference_mode(False):  # the bias is written again in later calls, of whatever mode
+            return pack(_values(linear), _kind(linear), _scales(linear)[0], linear.bias)
+
+    @functools.cached_property
+    def _packed_bias(self) -> Tensor:
+        return self.packed.bias[: self._sizes[1]]
+
+    @functools.cached_property
+    def _layer(self) -> Layer:
+        from .kernels.layer import Layer
+
+        return Layer(self.packed)
 
     @property
     def has_input_scales(self) -> bool:
         """Whether inputs are scaled before the product, as those of an int8 `Conv1D` are."""
         return self._input_scales is not None
+
+    @property
+    def is_of_use(self) -> bool:
+        """Whether the kernels compute any number of tokens."""
+        from .kernels.choice import COSTS
+
+        return any(self.runs_by_kernel(cost.tokens) for cost in COSTS)
 
     def runs_by_kernel(self, tokens: int) -> bool:
         """Whether the kernels compute so many tokens, and not a dense product."""
@@ -83,9 +108,10 @@ class Served:
         bias = self._linear()._parameters["bias"]
         if bias is not None:
             self._packed_bias.copy_(bias)
+            self._has_bias = True
         elif self._has_bias:
             self._packed_bias.zero_()
-        self._has_bias = bias is not None
+            self._has_bias = False
 
     def forward(self, x: Tensor) -> Tensor:
         """fp32 [..., in] to fp32 [..., out], without gradients.
@@ -98,13 +124,13 @@ class Served:
         if shape[-1] != size:
             raise wrong_input(x, size)
         flat = x if len(shape) == 2 else x.reshape(-1, size)
-        self.refresh()
         y = self._by_kernel_or_dense(flat)
         return y if len(shape) == 2 else y.view(*shape[:-1], out)
 
     def _by_kernel_or_dense(self, x: Tensor) -> Tensor:
         if not self.runs_by_kernel(len(x)):
             return self._by_dense(x, self._linear())
+        self.refresh()
         return self._layer(x if self._input_scales is None else x * self._input_scales)
 
     def _by_dense(self, x: Tensor, linear: SparseLinear) -> Tensor:
@@ -198,21 +224,34 @@ def gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
     return grad @ (weight.T if linear.conv1d else weight)
 
 
-def _values(linear: SparseLinear) -> tuple:
-    """The stored values of a weight as a matrix [out, in], their kind, and the scales of its outputs and inputs."""
+def _kind(linear: SparseLinear) -> Kind:
+    """Which values the kernels read."""
     from .kernels.layout import Kind
 
-    parts, scales, input_scales = linear.parts, None, None
     if linear.compute == "fp16":
-        matrix, kind = _halved(linear), Kind.FP16
+        return Kind.FP16
+    if "scales" in linear.parts:
+        return Kind.INT8
+    return Kind.BF16 if linear.parts["values"].dtype == torch.bfloat16 else Kind.FP32
+
+
+def _scales(linear: SparseLinear) -> tuple[Tensor | None, Tensor | None]:
+    """The scales of the outputs and of the inputs, of values that the kernels read as they are stored."""
+    scales = None if linear.compute == "fp16" else linear.parts.get("scales")
+    return (None, scales) if linear.conv1d else (scales, None)
+
+
+def _values(linear: SparseLinear) -> Tensor:
+    """The values as a matrix [out, in], in the dtype of their kind."""
+    parts = linear.parts
+    if linear.compute == "fp16":
+        matrix = _halved(linear)
     elif "scales" in parts:
-        matrix, kind = CODECS[linear.description.codec].decode(parts, torch.Size(linear.description.shape)), Kind.INT8
-        scales, input_scales = (None, parts["scales"]) if linear.conv1d else (parts["scales"], None)
+        matrix = CODECS[linear.description.codec].decode(parts, torch.Size(linear.description.shape))
     else:
-        matrix = decode(linear.description, parts)
-        kind = Kind.BF16 if parts["values"].dtype == torch.bfloat16 else Kind.FP32
-        matrix = matrix.to(torch.bfloat16 if kind is Kind.BF16 else torch.float32)
-    return (matrix.T if linear.conv1d else matrix).contiguous(), kind, scales, input_scales
+        bf16 = parts["values"].dtype == torch.bfloat16
+        matrix = decode(linear.description, parts).to(torch.bfloat16 if bf16 else torch.float32)
+    return (matrix.T if linear.conv1d else matrix).contiguous()
 
 
 def _halved(linear: SparseLinear) -> Tensor:

@@ -62,6 +62,20 @@ def test_the_product(kind, shape, by_kernel):
     assert not x.numel() or error(y, reference(linear, x)) < 1e-6
 
 
+def test_what_no_kernel_is_faster_for_is_not_packed(monkeypatch):
+    """As a head of a model in bf16, which is stored so in fp32 too: packed it would take several times the memory."""
+    from peft_pst.sparse.kernels import layout
+
+    packed = []
+    pack = layout.pack
+    monkeypatch.setattr(layout, "pack", lambda values, *args: packed.append(values.shape) or pack(values, *args))
+    for sparsity in (0.0, 0.9):
+        linear, x = pruned(out=768, size=769, sparsity=sparsity), torch.randn(3, 769)
+        y = SparseLinear.from_linear(linear, values="bf16").eval()(x)
+        assert error(y, reference(linear, x)) < 5e-3
+        assert packed == ([] if sparsity == 0 else [(768, 769)])
+
+
 @pytest.mark.parametrize("packed_in", [torch.no_grad, torch.inference_mode])
 def test_the_bias_is_that_of_now(packed_in, by_kernel):
     x = torch.randn(3, 192)

@@ -57,19 +57,23 @@ def row_of(tokens: int) -> int:
 
 def kernel_is_faster(packed: Packed) -> list[bool]:
     """Whether the kernels are, for a weight and each row of `COSTS`."""
-    return [MARGIN * _by_kernel(packed, cost) < _by_dense(packed, cost) for cost in COSTS]
+    return _is_faster(packed.shape, packed.kind, packed.values.numel(), packed.bits is not None)
 
 
-def _by_kernel(packed: Packed, cost: Cost) -> float:
-    out, size = packed.shape
-    if cost.tokens == 1 and packed.bits is not None:
-        products = BITMASK * out * size
-    else:
-        products = cost.values[packed.kind] * packed.values.numel()
-    return KERNEL_CALL + cost.moved * (out + size) + products
+def kernel_may_be_faster(shape: tuple[int, int], kind: Kind, nonzero: int) -> bool:
+    """Whether packing a weight [out, in] can be of use, which stores its non-zero values and some more."""
+    return any(_is_faster(shape, kind, nonzero, kind is Kind.INT8))
 
 
-def _by_dense(packed: Packed, cost: Cost) -> float:
-    out, size = packed.shape
-    entry = BEYOND_CACHE if cost.tokens == 1 and out * size > IN_CACHE else cost.dense
-    return DENSE_CALL + entry * out * size
+def _is_faster(shape: tuple[int, int], kind: Kind, values: int, has_bitmask: bool) -> list[bool]:
+    out, size = shape
+
+    def by_kernel(cost: Cost) -> float:
+        products = BITMASK * out * size if cost.tokens == 1 and has_bitmask else cost.values[kind] * values
+        return KERNEL_CALL + cost.moved * (out + size) + products
+
+    def by_dense(cost: Cost) -> float:
+        entry = BEYOND_CACHE if cost.tokens == 1 and out * size > IN_CACHE else cost.dense
+        return DENSE_CALL + entry * out * size
+
+    return [MARGIN * by_kernel(cost) < by_dense(cost) for cost in COSTS]
