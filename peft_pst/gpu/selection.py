@@ -1,7 +1,7 @@
 """The exact selection on a GPU: a radix selection of the threshold, digit by digit, and ties in row-major order.
 
 Nothing waits for the device, and nothing as large as the importance is stored beside it: the histogram of a digit is
-2048 counts, and where entries tie, one count for each 128 of them.
+256 counts, and where entries tie, one count for each 128 of them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from torch import Tensor
 from .launch import device_of, num_programs
 from .tiles import ordered_keys
 
-DIGITS = ((21, 11), (10, 11), (0, 10))
-"""Of a key of 32 bits, from the top: how far it is shifted, and its bits."""
-BINS = 2048
+BITS = 8
+"""Of a digit. A warp counts the digits of its entries bin by bin: fewer, larger ones would take more instructions, and
+more registers, than the passes that they save."""
+SHIFTS = tuple(range(32 - BITS, -1, -BITS))
+"""Of a key of 32 bits to its digits, from the top."""
 BLOCK_N, BLOCK_K = 32, 128
 
 
@@ -27,11 +29,11 @@ def keep_largest(importance: Tensor, num_pruned: int | Tensor) -> Tensor:
     shape = (triton.cdiv(flat.numel(), BLOCK_K), BLOCK_K)  # row-major order is the same in any shape
     with device_of(flat):
         threshold = Threshold(shape, num_pruned, flat.device)
-        for histogram, digit in threshold.digits():
+        for histogram, shift in threshold.digits():
             _count_digits[(num_programs(shape, BLOCK_N, BLOCK_K),)](
-                flat, histogram, threshold.state, flat.numel(), shape[0], *digit, BINS, BLOCK_N, BLOCK_K
+                flat, histogram, threshold.state, flat.numel(), shape[0], shift, BITS, BLOCK_N, BLOCK_K
             )
-            threshold.narrow(histogram, digit)
+            threshold.narrow(histogram)
         grid = (triton.cdiv(shape[0], BLOCK_N),)
         _count_ties[grid](flat, threshold.ties, threshold.state, flat.numel(), shape[0], BLOCK_N, BLOCK_K)
         before = threshold.ties_before()
@@ -49,16 +51,16 @@ class Threshold:
     def __init__(self, shape: tuple[int, int], num_pruned: int | Tensor, device: torch.device) -> None:
         self.state = torch.zeros(3, dtype=torch.int64, device=device)
         self.state[1] = num_pruned
-        self.histograms = torch.zeros(len(DIGITS), BINS, dtype=torch.int32, device=device)
+        self.histograms = torch.zeros(len(SHIFTS), 1 << BITS, dtype=torch.int32, device=device)
         self.ties = torch.empty(shape[0], triton.cdiv(shape[1], BLOCK_K), dtype=torch.int32, device=device)
 
-    def digits(self) -> zip[tuple[Tensor, tuple[int, int]]]:
-        """A histogram, empty, and which bits of the key it is to count."""
-        return zip(self.histograms, DIGITS, strict=True)
+    def digits(self) -> zip[tuple[Tensor, int]]:
+        """A histogram, empty, and the shift of the digit that it is to count."""
+        return zip(self.histograms, SHIFTS, strict=True)
 
-    def narrow(self, histogram: Tensor, digit: tuple[int, int]) -> None:
+    def narrow(self, histogram: Tensor) -> None:
         """Add the digit that a histogram has counted to those that are known."""
-        _narrow[(1,)](histogram, self.state, digit[1], BINS)
+        _narrow[(1,)](histogram, self.state, BITS)
 
     def ties_before(self) -> Tensor:
         """How many entries tie in what lies before each of the blocks of 128 that `ties` has counted."""
@@ -67,24 +69,27 @@ class Threshold:
 
 
 @triton.jit
-def _narrow(histogram, state, bits, BINS: tl.constexpr):
-    counts = tl.load(histogram + tl.arange(0, BINS))
+def _narrow(histogram, state, BITS: tl.constexpr):
+    counts = tl.load(histogram + tl.arange(0, 1 << BITS))
     wanted = tl.load(state + 1)
     below = tl.cumsum(counts, 0) < wanted
     digit = tl.sum(below.to(tl.int64), 0)
     tl.store(state + 2, tl.load(histogram + digit).to(tl.int64))
-    tl.store(state, (tl.load(state) << bits) + digit)
+    tl.store(state, (tl.load(state) << BITS) + digit)
     tl.store(state + 1, wanted - tl.sum(tl.where(below, counts, 0), 0))
 
 
 @triton.jit
-def count_tile(keys, inside, state, SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr):
-    """The histogram of a digit over the entries of a tile that have the digits before it."""
-    counted = inside
-    if SHIFT + BITS < 32:
+def count_tile(total, keys, inside, state, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """`total`, and the histogram of a digit over the entries of a tile that have the digits before it."""
+    digits = ((keys >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32).reshape(keys.numel)
+    if SHIFT + BITS == 32:
+        total += tl.histogram(digits, 1 << BITS, mask=inside.reshape(keys.numel))
+    else:
         counted = inside & ((keys >> (SHIFT + BITS)) == tl.load(state).to(tl.uint32))
-    digits = ((keys >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
-    return tl.histogram(digits.reshape(digits.numel), BINS, mask=counted.reshape(digits.numel))
+        if tl.max(tl.max(counted.to(tl.int32), 1), 0) > 0:  # few tiles have any entry with the first three digits
+            total += tl.histogram(digits, 1 << BITS, mask=counted.reshape(keys.numel))
+    return total
 
 
 @triton.jit
@@ -110,14 +115,14 @@ def _keys(importance, rows, columns, numel, BLOCK_K: tl.constexpr):
 @triton.jit
 def _count_digits(
     importance, histogram, state, numel, n,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    total = tl.zeros((BINS,), dtype=tl.int32)
+    total = tl.zeros((1 << BITS,), dtype=tl.int32)
     for block in range(tl.program_id(0), tl.cdiv(n, BLOCK_N), tl.num_programs(0)):
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N)
         keys, inside, _ = _keys(importance, rows, tl.arange(0, BLOCK_K), numel, BLOCK_K)
-        total += count_tile(keys, inside, state, SHIFT, BITS, BINS)
-    tl.atomic_add(histogram + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
+        total = count_tile(total, keys, inside, state, SHIFT, BITS)
+    tl.atomic_add(histogram + tl.arange(0, 1 << BITS), total, mask=total > 0, sem="relaxed")
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """PST's masked linear step (arXiv 2205.11005, section 3) on a GPU: what lies between its matrix products, in few
 passes over the weight. `functional.py` is the same in torch.
 
-Forward reads the weight for each of three digits of the threshold, and a last time to write the masked weight in the
+Forward reads the weight for each of four digits of the threshold, and a last time to write the masked weight in the
 dtype of the product and the mask as bits; W' and its importance are never stored. Backward reads it once for the
 masked weight and once, beside the gradient of that, for those of all factors.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .fused import CHUNK
 from .launch import device_of, num_programs
-from .selection import BINS, Threshold, count_tile, keep_tile
+from .selection import BITS, Threshold, count_tile, keep_tile
 from .tiles import importance_tile, ordered_keys, pack_tile, unpack_tile, updated_tile
 
 BLOCK_N, BLOCK_K = 32, 128
@@ -41,11 +41,11 @@ def select(
     grid = (triton.cdiv(n, BLOCK_N), triton.cdiv(k, BLOCK_K))
     with device_of(weight):
         threshold = Threshold((n, k), num_pruned, weight.device)
-        for histogram, (shift, size) in threshold.digits():
+        for histogram, shift in threshold.digits():
             _count_digits[(num_programs((n, k), BLOCK_N, BLOCK_K),)](
-                *inputs, histogram, threshold.state, SHIFT=shift, BITS=size, BINS=BINS, **sizes
+                *inputs, histogram, threshold.state, SHIFT=shift, BITS=BITS, **sizes
             )
-            threshold.narrow(histogram, (shift, size))
+            threshold.narrow(histogram)
         _count_ties[grid](*inputs, threshold.ties, threshold.state, **sizes)
         _write_selected[grid](*inputs, threshold.ties_before(), threshold.state, masked, bits, **sizes)
     return masked, bits
@@ -118,18 +118,18 @@ def _tile(
 @triton.jit
 def _count_digits(
     W, stride_n, stride_k, n, k, U, V, A, B, R, C, beta, alpha1, alpha2, histogram, state,
-    SHIFT: tl.constexpr, BITS: tl.constexpr, BINS: tl.constexpr,
+    SHIFT: tl.constexpr, BITS: tl.constexpr,
     RANK: tl.constexpr, MASK_RANK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    total, blocks = tl.zeros((BINS,), dtype=tl.int32), tl.cdiv(k, BLOCK_K)
+    total, blocks = tl.zeros((1 << BITS,), dtype=tl.int32), tl.cdiv(k, BLOCK_K)
     for tile in range(tl.program_id(0), tl.cdiv(n, BLOCK_N) * blocks, tl.num_programs(0)):
         rows = tile // blocks * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = tile % blocks * BLOCK_K + tl.arange(0, BLOCK_K)
         _, keys, inside = _tile(
             W, stride_n, stride_k, n, k, U, V, A, B, R, C, beta, alpha1, alpha2, rows, columns, RANK, MASK_RANK
         )
-        total += count_tile(keys, inside, state, SHIFT, BITS, BINS)
-    tl.atomic_add(histogram + tl.arange(0, BINS), total, mask=total > 0, sem="relaxed")
+        total = count_tile(total, keys, inside, state, SHIFT, BITS)
+    tl.atomic_add(histogram + tl.arange(0, 1 << BITS), total, mask=total > 0, sem="relaxed")
 
 
 @triton.jit
