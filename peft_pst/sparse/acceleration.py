@@ -43,7 +43,7 @@ def accelerate_sparse(model: nn.Module) -> nn.Module:
     if without:
         raise ValueError(
             f"The model is on {without}, which has no kernels: expected a CPU, or an NVIDIA GPU since Ampere with "
-            "Triton installed. model.to('cpu') moves it."
+            "Triton 3.4 or later. model.to('cpu') moves it."
         )
     if not HAS_KERNELS and not all(has_kernels(device) for device in devices):
         raise ImportError("The sparse kernels need Numba: pip install 'peft-pst[cpu]'.")

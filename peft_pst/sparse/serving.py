@@ -46,7 +46,7 @@ def warn_that_it_is_slow() -> None:
         remedy = "there are kernels for a CPU and inputs in fp32, bf16 and fp16"
     warnings.warn(
         "The model's sparse weights stay compressed and are decoded in each call, which takes little memory but is "
-        f"slow: {remedy}; on an NVIDIA GPU since Ampere there are kernels too, with Triton; "
+        f"slow: {remedy}; on an NVIDIA GPU since Ampere there are kernels too, with Triton 3.4; "
         "peft_pst.densify(model) makes them dense.",
         stacklevel=3,
     )

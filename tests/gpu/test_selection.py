@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from peft_pst import gpu
 from peft_pst.patterns import keep_largest
 
 VALUES = {
@@ -34,6 +35,17 @@ def test_it_goes_by_rows_whatever_the_layout(device):
     importance = torch.randint(0, 3, (40, 24)).float().to(device).T
     mask = keep_largest(importance, torch.tensor(500, device=device))
     assert torch.equal(mask.cpu(), sorted_mask(importance, 500))
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_triton_whose_histogram_takes_no_mask_has_no_kernels(monkeypatch, mask):
+    import triton.language
+
+    histogram = (lambda input, num_bins, mask=None: None) if mask else (lambda input, num_bins: None)
+    monkeypatch.setattr(triton.language, "histogram", histogram)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert gpu._is_able.__wrapped__(torch.device("cuda", 0)) == mask
 
 
 def test_it_is_taken(device, monkeypatch):
