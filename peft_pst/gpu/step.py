@@ -91,7 +91,7 @@ def gradients(
         _reduce[(blocks, chunks)](
             G.contiguous(), bits, weight, *weight.stride(), n, k, U, V, A, B, *numbers, of_rows, of_columns,
             RANK=r, MASK_RANK=mask_r, PADDED=_padded(r), MASK_PADDED=_padded(mask_r), IS_MASKED=bits is not None,
-            PRECISION=precision, EXACT=exact, CHUNK=columns, BLOCK_N=rows, BLOCK_K=32,
+            PRECISION=precision, EXACT=exact, CHUNK=columns, BLOCK_N=rows, BLOCK_K=16,
             num_warps=8, num_stages=2,
         )  # fmt: skip
     dU, dA, dR = of_rows.sum(0).split((r, mask_r, 1), dim=1)
