@@ -73,7 +73,8 @@ def gradients(
     The order of every sum is fixed.
 
     Args:
-        G: [out, in], in the dtype of the product. Sums over an fp32 G are in fp32, over others in tf32.
+        G: [out, in], in the dtype of the product. Sums over an fp32 G are in fp32, over others in tf32,
+            which keeps 11 bits of what is multiplied.
         weight: W as `select` takes it.
         bits: M as `select` gives it, uint8 [out * in / 8]; None if the weight learns as if nothing were pruned.
         factors, numbers: as `select` takes them.
@@ -85,7 +86,8 @@ def gradients(
     of_rows = torch.empty((chunks, n, r + mask_r + 1), dtype=torch.float32, device=G.device)
     of_columns = torch.empty((blocks, r + mask_r + 1, k), dtype=torch.float32, device=G.device)
     U, V, A, B, _, _ = (factor.contiguous() for factor in factors)
-    # of a G in bf16, sums in tf32 lose nothing; W' is to be exact in any case
+    # of what is multiplied tf32 keeps 11 bits, where a G in bf16 has 8 itself; tf32x3 would take three times the
+    # products and, at rank 32, more shared memory than many GPUs have. W' is to be exact in any case
     precision, exact = ("ieee", "ieee") if G.dtype == torch.float32 else ("tf32", "tf32x3")
     with device_of(weight):
         _reduce[(blocks, chunks)](
