@@ -1,4 +1,4 @@
-"""2:4 weights on a GPU as torch's semi-structured sparse tensors, beside dense ones, and what SparseLinear chooses.
+"""2:4 weights on a GPU as torch's semi-structured sparse tensors, beside dense ones, and when SparseLinear takes one.
 
     python benchmarks/gpu/semi_structured.py
 
@@ -55,7 +55,7 @@ class Cell(NamedTuple):
 
     @property
     def is_right(self) -> bool:
-        """Whether SparseLinear takes the faster one."""
+        """Whether SparseLinear takes the semi-structured product where it is the faster one, and only there."""
         return self.chosen == (self.ratio > 1)
 
 
@@ -91,7 +91,7 @@ def table(cells: list[Cell]) -> str:
             f"{cell.semi_structured:,.1f} µs",
             f"{cell.ratio:.2f}x",
             f"{cell.error:.0e}",
-            "semi-structured" if cell.chosen else "dense",
+            "semi-structured" if cell.chosen else "as others",
             "yes" if cell.is_right else "no",
         )
         for cell in cells

@@ -12,7 +12,6 @@ from ..gpu import has_kernels
 from .dense_product import speed_up_dense_layers
 from .feed_forward import fuse_feed_forward
 from .linear import SparseLinear
-from .semi_structured import is_able
 from .serving import HAS_KERNELS, warn_that_it_is_slow
 
 MOST_DENSE = 0.6
@@ -71,9 +70,7 @@ def accelerate_opened(model: nn.Module) -> None:
 
 
 def _is_served(linear: SparseLinear) -> bool:
-    # where torch runs 2:4 but there is no Triton, the first call says that it is slow, if it is
-    devices = {part.device for part in linear.parts.values()}
-    return linear.pack() is not None or all(has_kernels(device) or is_able(device) for device in devices)
+    return linear.pack() is not None or all(has_kernels(part.device) for part in linear.parts.values())
 
 
 def _speed_up_the_rest(model: nn.Module) -> None:

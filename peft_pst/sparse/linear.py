@@ -21,10 +21,11 @@ class SparseLinear(nn.Module):
 
     On a CPU, with the extra `peft-pst[cpu]`, the kernels multiply with W as it is: it is packed for them at the first
     call, or by `pack()`. For shapes, numbers of tokens and densities at which a dense product is faster, the dense
-    weight is kept beside it and used. On an NVIDIA GPU since Ampere, with Triton, a kernel multiplies up to 16 tokens
-    with W as it is, and for more W is dense for the time of the product. A 2:4 weight whose sizes divide by 64 is
-    there, in bf16 and fp16 and without gradients, one of torch's semi-structured sparse tensors where that seems
-    faster, else dense, and either is kept. Elsewhere each call decodes the whole weight, which is slow.
+    weight is kept beside it and used. On an NVIDIA GPU since Ampere, with Triton 3.4, a kernel multiplies up to 16
+    tokens with W as it is, and for more W is dense for the time of the product. For so many that it seems faster, a
+    2:4 weight whose sizes divide by 64 is there, in bf16 and fp16 and without gradients, one of torch's
+    semi-structured sparse tensors, which is kept beside it. Elsewhere each call decodes the whole weight, which is
+    slow.
 
     Args:
         description: how the weight is stored. Its shape is [out, in], or [in, out] as transformers' `Conv1D` has it.

@@ -1,9 +1,9 @@
-"""2:4 weights on a GPU: torch's semi-structured sparse tensors where a product gains by them, dense ones elsewhere.
+"""2:4 weights on a GPU as torch's semi-structured sparse tensors, where a product gains by them.
 
-`PRODUCT`, from which on they are used, is NOT measured: no GPU was at hand. It is cautious, and errs towards the dense
-product. Torch's users report semi-structured products slower than dense ones at one token (pytorch issue 111339), and,
-for what torch does around each call, up to some thousand tokens (issue 153825, pull request 177866).
-`benchmarks/gpu/semi_structured.py` measures it anew on a GPU and prints the figure to put here.
+`PRODUCT`, from which on they are used, is NOT measured: no GPU was at hand. It is cautious. Torch's users report
+semi-structured products slower than dense ones at one token (pytorch issue 111339), and, for what torch does around
+each call, up to some thousand tokens (issue 153825, pull request 177866). `benchmarks/gpu/semi_structured.py` measures
+it anew on a GPU and prints the figure to put here.
 """
 
 from __future__ import annotations
@@ -60,8 +60,15 @@ def is_two_of_four(matrix: Tensor) -> bool:
 
 
 def is_possible(linear: SparseLinear, x: Tensor) -> bool:
-    """Whether a layer's product runs here: its weight is 2:4 and on the input's GPU, and nothing is recorded."""
+    """Whether a layer's product runs here: it gains, the weight is 2:4 and on the input's GPU, nothing is recorded."""
     if is_in_a_graph(x) or not is_able(x.device):
+        return False
+    # first of all: a model that decodes is not to read its weights on the host for a product that it never takes
+    if not is_faster(_shape(linear), x.shape[:-1].numel()):
+        return False
+        return False
+    # first of all: a model that decodes is not to read its weights on the host for a product that it never takes
+    if not is_faster(_shape(linear), x.shape[:-1].numel()):
         return False
     bias = linear.bias
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
@@ -77,28 +84,26 @@ def product(linear: SparseLinear, x: Tensor) -> Tensor:
     """[..., in] to [..., out], without gradients, in the dtype of x or the one that autocast asks for."""
     # cuSPARSELt is not told strides: torch takes what is not contiguous for the transpose of what is
     flat = x.to(product_dtype(x)).reshape(-1, linear.in_features).contiguous()
-    weight = linear._on_gpu.weight(linear, flat.dtype, is_faster(_shape(linear), len(flat)))
+    weight = linear._on_gpu.weight(linear, flat.dtype)
     bias = None if linear.bias is None else linear.bias.to(flat.dtype)
     return F.linear(flat, weight, bias).view(*x.shape[:-1], linear.out_features)
 
 
 class OnGPU:
-    """The weight of a layer as products on a GPU read it, semi-structured or dense. Each is made at the first call for
-    which it is faster, and kept beside the stored parts: 9/16 of the bytes of the dense weight, or all of them."""
+    """The weight of a layer as torch's semi-structured tensor, made at the first call in a dtype and kept beside the
+    stored parts: 9/16 of the bytes of the dense weight."""
 
     def __init__(self, linear: SparseLinear) -> None:
         # the codec may say it; not of a Conv1D, whose groups lie across its rows, nor where values happen to be zero
         stored_so = linear.description.codec == "2:4" and not linear.conv1d
         self.is_two_of_four = stored_so or is_two_of_four(_matrix(linear))
-        self._made: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self._made: dict[torch.dtype, Tensor] = {}
 
-    def weight(self, linear: SparseLinear, dtype: torch.dtype, semi_structured: bool) -> Tensor:
-        """[out, in], of torch's semi-structured tensors or dense."""
-        key = dtype, semi_structured
-        if key not in self._made:
-            matrix = _matrix(linear).to(dtype)
-            self._made[key] = torch.sparse.to_sparse_semi_structured(matrix) if semi_structured else matrix
-        return self._made[key]
+    def weight(self, linear: SparseLinear, dtype: torch.dtype) -> Tensor:
+        """[out, in]."""
+        if dtype not in self._made:
+            self._made[dtype] = torch.sparse.to_sparse_semi_structured(_matrix(linear).to(dtype))
+        return self._made[dtype]
 
 
 def _shape(linear: SparseLinear) -> tuple[int, int]:

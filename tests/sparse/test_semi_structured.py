@@ -20,7 +20,7 @@ from torch.sparse._semi_structured_conversions import (
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import SparseLinear
-from peft_pst.sparse import acceleration, semi_structured, serving
+from peft_pst.sparse import acceleration, gpu_serving, semi_structured, serving
 
 OUT, SIZE = 64, 128
 gpu = pytest.mark.skipif(
@@ -148,23 +148,32 @@ def test_the_product(kind, shape, made, decoded):
         assert y.shape == (*shape, OUT)
         if x.numel():
             check(y, linear, x)
-    assert len(made) == (x.numel() // SIZE >= 16) and not decoded
+    large = x.numel() // SIZE >= 16
+    assert (len(made), len(decoded)) == ((1, 0) if large else (0, 3))
     assert (sparse.description.codec == "2:4") == (kind in ("Linear", "no bias"))
 
 
-@pytest.mark.parametrize("tokens", [4, 16])
-def test_each_form_is_made_once_a_dtype(tokens, made, decoded, monkeypatch):
+def test_few_tokens_are_left_to_the_kernels(made, monkeypatch):
+    monkeypatch.setattr(gpu_serving, "is_possible", lambda linear, x: True)
+    monkeypatch.setattr(serving, "serve", lambda linear, x: linear.plain(x))
+    linear, x = two_of_four(), torch.randn(16, SIZE, dtype=torch.bfloat16)
+    sparse = SparseLinear.from_linear(linear)
+    check(sparse(x[:15]), linear, x[:15])
+    assert not made and sparse._on_gpu is None
+    check(sparse(x), linear, x)
+    assert len(made) == 1
+
+
+def test_it_is_made_once_a_dtype(made, monkeypatch):
     linear = two_of_four()
     sparse, decodes = SparseLinear.from_linear(linear), []
     weight = type(sparse).weight.fget
     monkeypatch.setattr(SparseLinear, "weight", property(lambda self: decodes.append(1) or weight(self)))
     for dtype in (torch.bfloat16, torch.float16):
-        for count in (1, tokens, tokens, 2):
+        for count in (16, 17, 16):
             x = torch.randn(count, SIZE, dtype=dtype)
             check(sparse(x), linear, x)
-    assert len(decodes) == 2 * (1 + (tokens >= 16)) and [m.dtype for m in made] == (
-        [torch.bfloat16, torch.float16] if tokens >= 16 else []
-    )
+    assert len(decodes) == 2 and [m.dtype for m in made] == [torch.bfloat16, torch.float16]
 
 
 def test_strides_are_those_that_cusparselt_assumes(made, monkeypatch):
@@ -192,8 +201,8 @@ CHANGES = {
 def test_what_was_made_goes_when_the_weight_may_change(change, made):
     linear, x = two_of_four(bias=False), torch.randn(16, SIZE, dtype=torch.bfloat16)
     sparse = SparseLinear.from_linear(linear)
-    sparse(x), sparse(x[:1])
-    assert len(sparse._on_gpu._made) == 2
+    sparse(x)
+    assert len(sparse._on_gpu._made) == 1
     after = CHANGES[change](sparse)
     after = after if isinstance(after, SparseLinear) else sparse
     assert after._on_gpu is None and set(after.state_dict()) == {"weight_positions", "weight_values"}
