@@ -51,7 +51,7 @@ def gradient(linear: SparseLinear, grad: Tensor) -> Tensor:
 
 def in_tiles(linear: SparseLinear) -> Tiles:
     """The weight of a layer in tiles: its own parts where they are that of `nn.Linear` with rows of whole tiles, else
-    made at the first call and kept beside them."""
+    made at the first call, which a CUDA graph cannot record, and kept beside them."""
     if linear._tiles is None:
         parts, description = linear.parts, linear.description
         is_stored_so = description.codec == "tiles" and "scales" not in parts and linear.in_features % TILE == 0

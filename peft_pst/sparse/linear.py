@@ -130,9 +130,15 @@ class SparseLinear(nn.Module):
         if semi_structured.is_possible(self, x):
             return semi_structured.product(self, x)
         if x.dtype in serving.DTYPES and gpu_serving.is_possible(self, x):
+            if torch.compiler.is_dynamo_compiling():
+                self._make_tiles()
             return serving.serve(self, x.to(semi_structured.product_dtype(x)))
         serving.warn_that_it_is_slow()
         return self.plain(x)
+
+    @torch.compiler.assume_constant_result  # a compiler runs it where it traces: later a CUDA graph owns what is made
+    def _make_tiles(self) -> None:
+        gpu_serving.in_tiles(self)
 
     def plain(self, x: Tensor) -> Tensor:
         """The forward by the decoded weight, on any device and in any dtype."""

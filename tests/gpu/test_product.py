@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from peft_pst import accelerate_sparse, densify
-from peft_pst.sparse import acceleration, gpu_serving, serving
+from peft_pst.sparse import acceleration, gpu_serving, operations, serving
 from peft_pst.sparse.linear import SparseLinear
 
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -101,6 +101,14 @@ def test_a_graph_has_no_break(device, tokens):
     compiled = torch.compile(sparse, backend="aot_eager", fullgraph=True)
     x = torch.randn(tokens, 512, device=device)
     check(compiled(x), expected(linear, x), torch.float32)
+
+
+def test_a_graph_finds_the_tiles_made(device, monkeypatch):
+    sparse = SparseLinear.from_linear(sparse_layer(24, 512, 0.4)).to(device).requires_grad_(False)
+    found, run = [], operations.product
+    monkeypatch.setattr(operations, "product", lambda layer, x: found.append(layer._tiles) or run(layer, x))
+    torch.compile(sparse, backend="aot_eager", fullgraph=True)(torch.randn(2, 512, device=device))
+    assert found == [sparse._tiles] and sparse._tiles is not None
 
 
 def test_autocast_decides_the_dtype(device):
