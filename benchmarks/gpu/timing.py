@@ -53,7 +53,12 @@ def as_graph(call: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> Callable[[], object]:
+        graph.replay()
+        return call  # the graph reads its tensors, which live as long as it does
+
+    return replay
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

@@ -1,9 +1,14 @@
 """benchmarks/gpu: its parts run, with small sizes. What they time on a CPU means nothing."""
 
+import gc
 import sys
+import weakref
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from peft_pst.sparse import serving
@@ -16,6 +21,22 @@ def benchmarks(monkeypatch):
     yield
     for name in ("timing", "step", "product", "large_model"):
         sys.modules.pop(name, None)
+
+
+def test_a_graph_keeps_what_it_reads(monkeypatch):
+    import timing
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("Stream", "current_stream", "CUDAGraph"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    for name in ("stream", "graph"):
+        monkeypatch.setattr(torch.cuda, name, nullcontext)
+    tensor = torch.ones(1)
+    read = weakref.ref(tensor)
+    replay = timing.as_graph(lambda tensor=tensor: tensor + 1)
+    del tensor
+    gc.collect()
+    assert replay and read() is not None
 
 
 def test_step():
