@@ -64,6 +64,12 @@ def _as_stored(linear: SparseLinear) -> Tiles:
 
     parts = linear.parts
     offsets = _offsets(parts["counts"])
+    tiles = linear.out_features * linear.in_features // TILE
+    if len(parts["counts"]) != tiles:
+        raise ValueError(
+            f"A sparse weight is broken: its shape has {tiles} tiles, but it counts those of {len(parts['counts'])}. "
+            "Download or save the checkpoint again."
+        )
     if int(offsets[-1]) != len(parts["indices"]) or len(parts["indices"]) != len(parts["values"]):
         raise ValueError(
             f"A sparse weight is broken: its tiles say {int(offsets[-1])} values, but it has {len(parts['indices'])} "

@@ -131,6 +131,14 @@ def test_a_changed_weight_is_read_again(device):
         other(x)
 
 
+def test_tiles_that_are_not_those_of_the_shape_are_refused(device):
+    whole = SparseLinear.from_linear(sparse_layer(512, 512, 0.05)).to(device)
+    row = SparseLinear.from_linear(sparse_layer(1, 512, 0.05)).to(device)
+    broken = SparseLinear(whole.description, row.parts, None)
+    with pytest.raises(ValueError, match=r"its shape has 1024 tiles, but it counts those of 2\. Download or save"):
+        gpu_serving.in_tiles(broken)
+
+
 def test_a_whole_model(device, monkeypatch):
     monkeypatch.setattr(acceleration, "HAS_KERNELS", False)
     config = LlamaConfig(
