@@ -113,7 +113,7 @@ def _has_sparse_layers(model: PreTrainedModel) -> bool:
 
 def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size: int) -> None:
     weights: dict[str, dict] = {}
-    checksums: dict[str, dict[str, int]] = {}
+    checksums: dict[str, dict[str, Any]] = {}
     (widths, biases), boosts = widths_in(model.config), boosts_of(model)
     # one weight of another size than the config says is stored as it is: a reader that ignores the entry fails at it
     as_it_is = next(iter(widths), None)

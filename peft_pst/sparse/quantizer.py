@@ -19,11 +19,12 @@ from transformers.quantizers.auto import (
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..boost import Boosted
+from ..sharded import whole_shape
 from ..structured.widths import find_structures, set_widths
 from .acceleration import accelerate_opened
 from .dense_product import restore_dense_layers
 from .feed_forward import separate_feed_forward
-from .linear import SparseLinear
+from .linear import PREFIX, SparseLinear
 from .storage import Description
 
 QUANT_METHOD = "pst_sparse"
@@ -36,7 +37,8 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
 
     Args:
         weights: of each stored weight, by its module: codec, shape and dtype, and dtype and shape of its parts.
-        checksums: of each tensor in the file, the CRC-32 of its bytes in each dtype that it may be loaded as.
+        checksums: of each tensor in the file, the CRC-32 of its bytes in each dtype that it may be loaded as, and, but
+            in older checkpoints, its shape.
         widths: how many neurons or heads a structure has that `shrink` made smaller than the rest of the config says,
             by its first layer.
         biases: linear layers that have a bias, unlike those of the architecture.
@@ -51,7 +53,7 @@ class SparseCheckpointConfig(QuantizationConfigMixin):
     def __init__(
         self,
         weights: dict[str, dict],
-        checksums: dict[str, dict[str, int]],
+        checksums: dict[str, dict[str, Any]],
         digest: int | None = None,
         version: int = VERSION,
         widths: dict[str, int] | None = None,
@@ -83,9 +85,9 @@ class SparseCheckpointQuantizer(HfQuantizer):
         model.config.quantization_config = self.quantization_config  # transformers 4.57 has a copy there
         _resize(model, self.quantization_config)
         _add_boosts(model, self.quantization_config.boosts)
-        modules = dict(model.named_modules())
-        for name, entry in self.quantization_config.weights.items():
-            name = next((spelling for spelling in _spellings(model, name) if spelling in modules), None)
+        modules, self._new = dict(model.named_modules()), {}
+        for key, entry in self.quantization_config.weights.items():
+            name = next((spelling for spelling in _spellings(model, key) if spelling in modules), None)
             if name is None:
                 continue  # a head that this model class has not
             parent, _, child = name.rpartition(".")
@@ -95,11 +97,20 @@ class SparseCheckpointQuantizer(HfQuantizer):
                 part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
                 for part, (dtype, shape) in entry["parts"].items()
             }
+            if list(whole_shape(linear.weight)) != entry["shape"]:
+                # a new head: transformers finds parts of another size too, and raises or was told to ignore that
+                for part, tensor in parts.items():
+                    linear.register_buffer(PREFIX + part, tensor.new_empty(*tensor.shape, 0))
+                self._new[key] = linear, parts
+                continue
             sparse = SparseLinear(description, parts, linear.bias, conv1d=not isinstance(linear, nn.Linear))
             setattr(model.get_submodule(parent), child, sparse.train(linear.training))
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for linear, parts in self._new.values():
+            for part in parts:
+                delattr(linear, PREFIX + part)
         state = dict(model.state_dict())
         offloads = len(set(getattr(model, "hf_device_map", {}).values())) > 1  # to another device's memory, or a disk
         for key, checksums in self.quantization_config.checksums.items():
@@ -112,6 +123,8 @@ class SparseCheckpointQuantizer(HfQuantizer):
                     "the way. Download or save the checkpoint again."
                 )
             tensor = state[name]
+            if list(tensor.shape) != checksums.get("shape", list(tensor.shape)):
+                continue  # of a new head: transformers says so
             dtype = str(tensor.dtype).removeprefix("torch.")
             if tensor.is_floating_point() and "float32" in checksums and dtype not in checksums:
                 continue  # a cast that no checksum foresees
@@ -120,6 +133,9 @@ class SparseCheckpointQuantizer(HfQuantizer):
                     f"The tensor {key!r} is not the one that was saved: its checksum is wrong, so the file was "
                     "damaged on a disk or on the way. Download or save the checkpoint again."
                 )
+        stored = self.quantization_config.weights
+        self.quantization_config.weights = {key: entry for key, entry in stored.items() if key not in self._new}
+        self._new = {}
         # a model that goes on changing has others
         self.quantization_config.checksums, self.quantization_config.digest = {}, None
         accelerate_opened(model)
@@ -169,15 +185,16 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
-def checksums_of(tensor: Tensor) -> dict[str, int]:
-    """The checksum of a tensor as it is, and of what a cast at loading would make of it."""
+def checksums_of(tensor: Tensor) -> dict[str, Any]:
+    """The checksum of a tensor as it is, and of what a cast at loading would make of it; and its shape."""
     dtypes = {tensor.dtype, *CHECKED_DTYPES} if tensor.is_floating_point() else {tensor.dtype}
-    return {str(dtype).removeprefix("torch."): checksum(tensor.to(dtype)) for dtype in sorted(dtypes, key=str)}
+    checksums = {str(dtype).removeprefix("torch."): checksum(tensor.to(dtype)) for dtype in sorted(dtypes, key=str)}
+    return {**checksums, "shape": list(tensor.shape)}
 
 
 def digest_of(
     weights: dict[str, dict],
-    checksums: dict[str, dict[str, int]],
+    checksums: dict[str, dict[str, Any]],
     widths: dict[str, int],
     biases: list[str],
     boosts: dict[str, dict[str, list[int]]],

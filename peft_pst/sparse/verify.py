@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -111,6 +112,6 @@ def _opened(file: Path) -> safe_open:
         ) from error
 
 
-def _wrong(key: str, tensor: Tensor, checksums: dict[str, dict[str, int]]) -> list[str]:
+def _wrong(key: str, tensor: Tensor, checksums: dict[str, dict[str, Any]]) -> list[str]:
     expected = checksums.get(key, {}).get(str(tensor.dtype).removeprefix("torch."))
     return [] if not checksums or checksum(tensor) == expected else [f"the checksum of {key} is wrong"]

@@ -94,6 +94,37 @@ def test_opens_without_its_head(tmp_path):
     assert any(isinstance(module, SparseLinear) for module in again.modules())
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("model_type", ["bert", "gpt2"])
+def test_opens_with_a_new_head(model_type, stored, tmp_path):
+    """Of another size than the one in the file, which is there as it is or in parts; that of GPT-2 has no bias."""
+    _, sizes = MODELS[model_type]
+    config = AutoConfig.for_model(model_type, pad_token_id=0, num_labels=3, **sizes)
+    model = AutoModelForSequenceClassification.from_config(config)
+    head = {"bert": "classifier", "gpt2": "score"}[model_type]
+    with torch.no_grad():
+        model.base_model.get_input_embeddings().weight.normal_()
+        if stored:
+            model.get_submodule(head).weight.fill_(0.5)
+    save_pretrained(model, tmp_path / "a")
+    described = json.loads((tmp_path / "a" / "config.json").read_text())["quantization_config"]["weights"]
+    assert (head in described) == stored
+    new = type(model).from_pretrained(tmp_path / "a", num_labels=5, ignore_mismatched_sizes=True)
+    assert type(new.get_submodule(head)) is torch.nn.Linear and logits(new).shape[-1] == 5
+    assert 0.01 < float(new.get_submodule(head).weight.std()) < 0.03  # random, as transformers makes it
+    assert not list(new.get_submodule(head).buffers())
+    found, expected = state(new.base_model), model.base_model.state_dict()
+    assert all(same_bits(found[name], expected[name]) for name in expected if name in found)
+    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+        type(model).from_pretrained(tmp_path / "a", num_labels=5)
+    save_pretrained(new, tmp_path / "ours")
+    new.save_pretrained(tmp_path / "theirs")
+    for folder in ("ours", "theirs"):
+        again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not info["missing_keys"]
+        torch.testing.assert_close(logits(again), logits(new))
+
+
 def test_dequantize_is_the_dense_model(tmp_path):
     model = merged("bert")
     save_pretrained(model, tmp_path)
