@@ -18,7 +18,9 @@ from .launch import device_of
 
 TILE = 256
 SLOTS = 16
-"""Tiles that a program has in flight."""
+"""Tiles that a program has in flight, at most."""
+IN_FLIGHT = 2048
+"""Values of them: each takes a thread of the program registers."""
 
 
 class Tiles(NamedTuple):
@@ -36,9 +38,15 @@ class Tiles(NamedTuple):
 
     @property
     def width(self) -> int:
-        """Values that are read of a tile at a time: as many as most of them have."""
+        """Values that are read of a tile at a time: as many as nearly each has, where zeros fall by chance. The tiles
+        that are in flight together take as many turns as the fullest of them."""
         mean = self.values.numel() / max(1, self.offsets.numel() - 1)
-        return min(128, max(16, triton.next_power_of_2(int(mean))))
+        return min(TILE, max(16, triton.next_power_of_2(int(mean + 3 * mean**0.5))))
+
+    @property
+    def slots(self) -> int:
+        """Tiles that a program has in flight."""
+        return min(SLOTS, IN_FLIGHT // self.width)
 
 
 def few_tokens(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
@@ -47,10 +55,11 @@ def few_tokens(x: Tensor, weight: Tiles, bias: Tensor | None) -> Tensor:
     (out, _), tokens = weight.shape, len(x)
     y = torch.empty((tokens, out), dtype=x.dtype, device=x.device)
     padded = triton.next_power_of_2(tokens)
+    slots = max(1, weight.slots // padded)
     with device_of(x):
         _few_tokens[(out,)](
             x.T.contiguous(), weight.offsets, weight.indices, weight.values, bias, y, weight.of_row, out, tokens,
-            HAS_BIAS=bias is not None, TILE=TILE, SLOTS=max(1, SLOTS // padded), WIDTH=weight.width, TOKENS=padded,
+            HAS_BIAS=bias is not None, TILE=TILE, SLOTS=slots, WIDTH=weight.width, TOKENS=padded,
             num_warps=4,
         )  # fmt: skip
     return y
@@ -60,11 +69,11 @@ def dense(weight: Tiles, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] with its zeros."""
     out, size = weight.shape
     full = torch.zeros((out, size), dtype=dtype, device=weight.values.device)
-    grid = (out, triton.cdiv(weight.of_row, SLOTS))
+    grid = (out, triton.cdiv(weight.of_row, weight.slots))
     with device_of(full):
         _dense[grid](
             weight.offsets, weight.indices, weight.values, full, weight.of_row, size,
-            TILE=TILE, SLOTS=SLOTS, WIDTH=weight.width, num_warps=4,
+            TILE=TILE, SLOTS=weight.slots, WIDTH=weight.width, num_warps=4,
         )  # fmt: skip
     return full
 

@@ -74,6 +74,14 @@ def test_stored_tiles_are_not_copied(device):
     assert gpu_serving.in_tiles(sparse) is found
 
 
+@pytest.mark.parametrize("density", [0.5, 0.2, 0.1, 0.05])
+def test_tiles_are_read_in_one_turn(density):
+    linear = sparse_layer(64, 4096, density)
+    tiles = gpu_serving.in_tiles(SparseLinear.from_linear(linear))
+    together = tiles.offsets.diff().view(-1, tiles.slots).amax(1)
+    assert (together <= tiles.width).float().mean() > 0.95
+
+
 def test_int8_values(device):
     linear = sparse_layer(16, 512, 0.1)
     sparse = SparseLinear.from_linear(linear, values="int8").to(device)
