@@ -30,7 +30,7 @@ class InferenceWeight(NamedTuple):
     """A masked weight that evaluation uses again as long as nothing that it was computed from has changed."""
 
     base: list[Tensor]  # what holds W, kept alive so that its address stays its own; nothing where it is sharded
-    samples: list[Tensor]  # copies of everything else that the weight was computed from, or of entries of it
+    samples: list[Tensor]  # on a CPU, copies of everything else that it was computed from, or of entries of it
     versions: list[Any]  # the address and version of each of them, the dtype, and the numbers of the method
     kept: Tensor  # the weight; over a quantized or sharded base, which is to save its memory, only the mask as bits
 
@@ -181,12 +181,11 @@ class Linear(nn.Module, PSTLayer):
             sources.append(self.pst_mask[adapter_name])
         versions = [(tensor.data_ptr(), version(tensor)) for tensor in (*base, *sources)]
         versions += [dtype, *vars(method.update).values(), *vars(method.importance).values()]
-        samples = [self._sample(tensor) for tensor in sources]
+        on_cpu = base[0].device.type == "cpu"
+        samples = [self._sample(tensor) for tensor in sources] if on_cpu else []
         plain, last = self.quantization_backend is None and not self._is_sharded, self._inference_weight
         same = last is not None and last.versions == versions
-        if same and base[0].device.type == "cpu":
-            same = all(torch.equal(old, new) for old, new in zip(last.samples, samples, strict=True))
-        if not same:
+        if not (same and all(map(torch.equal, last.samples, samples))):
             samples = [sample.clone() for sample in samples]
             kept = self.masked_weight(adapter_name).to(dtype) if plain else self._bits(adapter_name)
             # a whole weight that is kept here would stay when ZeRO-3 gives it back

@@ -179,6 +179,18 @@ def test_training_keeps_no_dense_weight():
     assert the_layer(model)._inference_weight is None
 
 
+def test_samples_are_taken_on_a_cpu_alone(monkeypatch):
+    model, taken = adapted().eval(), []
+    monkeypatch.setattr(type(the_layer(model)), "_sample", lambda self, tensor: taken.append(tensor) or tensor)
+    monkeypatch.setattr(type(the_layer(model)), "masked_weight", lambda self, name: torch.zeros(1))
+    with torch.no_grad():
+        the_layer(model)._weight_for_inference("default", torch.float32)
+        assert taken
+        taken.clear()
+        the_layer(model.to("meta"))._weight_for_inference("default", torch.float32)
+    assert not taken
+
+
 def step_without_versions(model):
     for parameter in the_layer(model).arguments("default"):
         parameter.data.add_(torch.randn_like(parameter))
