@@ -184,7 +184,7 @@ def _parts(
     if isinstance(module, SparseLinear) and own.startswith(PREFIX):
         entry = weights.setdefault(path, _described(module.description))
         entry["parts"][own.removeprefix(PREFIX)] = _part(tensor)
-    elif isinstance(module, (nn.Linear, Conv1D)) and own == "weight":
+    elif type(module) in (nn.Linear, Conv1D) and own == "weight":  # a class of its own has a forward of its own
         description, parts = encode(tensor, values)
         if description.codec != "dense" or (values == "exact" and _bytes(parts["values"]) < _bytes(tensor)):
             weights[path] = {**_described(description), "parts": {k: _part(part) for k, part in parts.items()}}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -92,6 +93,12 @@ class SparseCheckpointQuantizer(HfQuantizer):
                 continue  # a head that this model class has not
             parent, _, child = name.rpartition(".")
             linear = model.get_submodule(name)
+            if type(linear).forward not in (nn.Linear.forward, Conv1D.forward):
+                raise ValueError(
+                    f"The checkpoint stores the weight of {name!r} sparse, but that is a {type(linear).__name__} "
+                    "here, with a forward of its own: expected torch.nn.Linear or transformers' Conv1D. Save the "
+                    "model again with this peft-pst, which stores such a weight as it is."
+                )
             description = Description(entry["codec"], entry["shape"], entry["dtype"])
             parts = {
                 part: torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
@@ -103,7 +110,7 @@ class SparseCheckpointQuantizer(HfQuantizer):
                     linear.register_buffer(PREFIX + part, tensor.new_empty(*tensor.shape, 0))
                 self._new[key] = linear, parts
                 continue
-            sparse = SparseLinear(description, parts, linear.bias, conv1d=not isinstance(linear, nn.Linear))
+            sparse = SparseLinear(description, parts, linear.bias, conv1d=isinstance(linear, Conv1D))
             setattr(model.get_submodule(parent), child, sparse.train(linear.training))
         return model
 

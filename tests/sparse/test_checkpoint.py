@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BertForSequenceClassification,
 )
 
 from peft_pst import PSTConfig, SparseLinear, densify, save_pretrained, tensor_sparsity
@@ -123,6 +124,32 @@ def test_opens_with_a_new_head(model_type, stored, tmp_path):
         again, info = type(model).from_pretrained(tmp_path / folder, output_loading_info=True)
         assert not info["missing_keys"]
         torch.testing.assert_close(logits(again), logits(new))
+
+
+class Doubled(torch.nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class BertWithItsOwnHead(BertForSequenceClassification):
+    def __init__(self, config):
+        super().__init__(config)
+        self.classifier = Doubled(config.hidden_size, config.num_labels)
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it(tmp_path):
+    plain = merged("bert")
+    with torch.no_grad():
+        plain.classifier.weight[:, 1:] = 0
+    model = BertWithItsOwnHead(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    save_pretrained(model, tmp_path / "own")
+    again = BertWithItsOwnHead.from_pretrained(tmp_path / "own")
+    assert type(again.classifier) is Doubled
+    torch.testing.assert_close(logits(again), logits(model))
+    save_pretrained(plain, tmp_path / "plain")  # as a writer would that takes all subclasses for nn.Linear
+    with pytest.raises(ValueError, match="stores the weight of 'classifier' sparse, but that is a Doubled here"):
+        BertWithItsOwnHead.from_pretrained(tmp_path / "plain")
 
 
 def test_dequantize_is_the_dense_model(tmp_path):
