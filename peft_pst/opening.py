@@ -6,10 +6,12 @@ import json
 import os
 from pathlib import Path
 
+import torch
 import transformers
 from peft import PeftConfig, PeftModel
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForQuestionAnswering,
@@ -66,13 +68,22 @@ def _open_adapter(folder: Path, base: str | os.PathLike | None) -> PeftModel:
     auto_class = AUTO_CLASSES.get(config.task_type, AutoModel)
     head = {}
     if config.task_type in ("SEQ_CLS", "TOKEN_CLS"):
-        head = {"num_labels": _num_labels(folder), "ignore_mismatched_sizes": True}  # the adapter brings the head
+        head = {
+            "num_labels": _num_labels(folder, base, auto_class),
+            "ignore_mismatched_sizes": True,
+        }  # the adapter brings the head
     model = auto_class.from_pretrained(base, dtype="auto", **head)
     return PeftModel.from_pretrained(model, folder).eval()
 
 
-def _num_labels(folder: Path) -> int:
-    """The number of classes of the head that was trained with an adapter."""
+def _num_labels(folder: Path, base: str | os.PathLike, auto_class: type) -> int:
+    """The number of classes of the head that was trained with an adapter, of whose layers the last has a row each."""
+    config, shapes = AutoConfig.from_pretrained(base), []
+    for num_labels in (2, 3):
+        config.num_labels = num_labels
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+        shapes.append({name: parameter.shape for name, parameter in model.named_parameters()})
+    output = next(name for name, shape in shapes[0].items() if shape != shapes[1][name])
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        heads = [key for key in file.keys() if ".pst_" not in key and key.endswith(".weight")]  # noqa: SIM118
-        return file.get_slice(heads[-1]).get_shape()[0]
+        return file.get_slice(f"base_model.model.{output}").get_shape()[0]

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GPT2Config, RobertaConfig, RobertaForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, RobertaConfig, RobertaForSequenceClassification
 
 from peft_pst import PSTConfig, save_pretrained
-from peft_pst.opening import open_model
+from peft_pst.opening import AUTO_CLASSES, open_model
 
 TOKENS = torch.arange(2, 16).view(2, 7)
 SIZES = {
@@ -56,6 +56,22 @@ def test_an_adapter_with_the_head_it_was_trained_with(tmp_path):
     with pytest.raises(ValueError, match="does not name its base model: give it as base"):
         open_model(tmp_path / "adapter")
     assert torch.equal(logits(open_model(tmp_path / "adapter", tmp_path / "moved")), logits(model))
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "deberta", "xlnet", "bert", "gpt2"])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS"])
+def test_an_adapter_with_a_head_of_several_layers(task_type, model_type, tmp_path):
+    sizes = {"distilbert": {"dim": 32, "hidden_dim": 48}, "xlnet": {"d_model": 32, "n_head": 2, "d_inner": 48}}
+    config = AutoConfig.for_model(model_type, **{**SIZES, **sizes.get(model_type, {})})
+    if model_type == "xlnet":
+        config.n_layer = 1
+    if model_type == "distilbert":
+        config.n_layers = 1
+    auto_class = AUTO_CLASSES[task_type]
+    auto_class.from_config(config).save_pretrained(tmp_path / "base")
+    base = auto_class.from_pretrained(tmp_path / "base", num_labels=3, ignore_mismatched_sizes=True)
+    get_peft_model(base, PSTConfig(task_type=task_type)).save_pretrained(tmp_path / "adapter")
+    assert open_model(tmp_path / "adapter").config.num_labels == 3
 
 
 def test_what_cannot_be_opened(tmp_path):
