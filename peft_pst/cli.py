@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 import typer
+from peft import PeftConfig
 from rich.console import Console
 from rich.markdown import Markdown
 from transformers import AutoConfig, AutoTokenizer
@@ -66,9 +67,11 @@ def report(
 
     if dense is not None and data is None:
         raise ValueError("--dense needs --data too: predictions are compared on texts.")
+    tokenizer = None if data is None else _tokenizer_of(folder, base)
+    if data is not None and tokenizer is None:
+        raise ValueError(f"{str(folder)!r} has no tokenizer for the texts of --data: save the model's beside it.")
     model = open_model(folder, base)
     texts, labels = (None, None) if data is None else _read(data, model.config.label2id)
-    tokenizer = None if data is None else AutoTokenizer.from_pretrained(folder)
     dense_model = None if dense is None else open_model(dense)
     found = make_report(model, texts=texts, labels=labels, tokenizer=tokenizer, dense=dense_model, country=country)
     _show(found.table())
@@ -98,9 +101,7 @@ def merge(
     if not (adapter / "adapter_config.json").is_file():
         raise ValueError(f"{str(adapter)!r} holds no adapter. A model that is merged is saved again by peft-pst save.")
     model = open_model(adapter, base)
-    source = base or model.active_peft_config.base_model_name_or_path
-    tokenizer = _tokenizer(adapter) or _tokenizer(source)
-    _save(model.merge_and_unload(safe_merge=True), output, format, values, tokenizer)
+    _save(model.merge_and_unload(safe_merge=True), output, format, values, _tokenizer_of(adapter, base))
 
 
 @app.command()
@@ -317,8 +318,17 @@ def _tokenizer(source: str | Path) -> Any:
     return AutoTokenizer.from_pretrained(source) if get_tokenizer_config(source) else None
 
 
+def _tokenizer_of(folder: Path, base: str | None) -> Any:
+    """The tokenizer of a model, or of an adapter, which may have that of its base model; None if there is none."""
+    if not (folder / "adapter_config.json").is_file():
+        return _tokenizer(folder)
+    base = base or PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    return _tokenizer(folder) or (_tokenizer(base) if base else None)
+
+
 def _read(file: Path, label2id: dict[str, int]) -> tuple[list[str], list[int] | None]:
-    """Texts and labels of a CSV file; a label is a number, or a name that the model knows."""
+    """Texts and labels of a CSV file: a label is a name that the model knows, or its number. What
+    looks like numbers is names if all of it is."""
     with open(file, newline="", encoding="utf-8") as lines:
         rows = list(csv.DictReader(lines))
     if not rows or "text" not in rows[0]:
@@ -327,13 +337,14 @@ def _read(file: Path, label2id: dict[str, int]) -> tuple[list[str], list[int] | 
         )
     if "label" not in rows[0]:
         return [row["text"] for row in rows], None
-    unknown = {row["label"] for row in rows if not row["label"].isdigit() and row["label"] not in label2id}
-    if unknown:
-        raise ValueError(f"{str(file)!r} has the labels {sorted(unknown)}, but the model knows {sorted(label2id)}.")
-    return (
-        [row["text"] for row in rows],
-        [int(row["label"]) if row["label"].isdigit() else label2id[row["label"]] for row in rows],
-    )
+    found = {row["label"] for row in rows}
+    known = label2id if found <= label2id.keys() else {**label2id, **{str(id): id for id in label2id.values()}}
+    if unknown := found - known.keys():
+        raise ValueError(
+            f"{str(file)!r} has the labels {sorted(unknown)}, but the model knows {sorted(label2id)}, or by number "
+            f"{sorted(label2id.values())}."
+        )
+    return [row["text"] for row in rows], [known[row["label"]] for row in rows]
 
 
 def _log_history(folder: Path) -> list[dict[str, Any]]:

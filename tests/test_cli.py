@@ -63,6 +63,27 @@ def test_from_an_adapter_to_a_report(folders, run, tmp_path):
     )
 
 
+def test_an_adapter_is_reported_with_the_tokenizer_of_its_base_model(folders, run, tmp_path):
+    (tmp_path / "data.csv").write_text("text,label\nword1 word2,LABEL_1\nword3,LABEL_0\n")
+    code, printed = run("report", folders / "adapter", "--data", tmp_path / "data.csv")
+    assert code == 0 and "accuracy" in printed
+    for file in (folders / "base").glob("*token*"):
+        file.unlink()
+    code, printed = run("report", folders / "adapter", "--data", tmp_path / "data.csv")
+    assert code == 1 and "has no tokenizer for the texts of --data" in " ".join(printed.split())
+
+
+def test_labels_that_are_digits(tmp_path):
+    """Of a model whose classes are called so they are names, unless one of them is none."""
+    file, label2id = tmp_path / "data.csv", {"1": 0, "2": 1, "3": 2}
+    for labels, expected in (("123", [0, 1, 2]), ("012", [0, 1, 2]), ("11", [0, 0]), ("00", [0, 0])):
+        file.write_text("".join(["text,label\n", *(f"word,{label}\n" for label in labels)]))
+        assert cli._read(file, label2id)[1] == expected
+    file.write_text("text,label\nword,0\nword,3\n")
+    with pytest.raises(ValueError, match=r"has the labels \['3'\], but the model knows .* by number \[0, 1, 2\]"):
+        cli._read(file, {"a": 0, "b": 1, "c": 2})
+
+
 def test_figures(folders, run, tmp_path):
     pytest.importorskip("matplotlib", reason="figures need the extra peft-pst[plot]")
     code, _ = run("report", folders / "adapter", "--figures", tmp_path / "figures")
