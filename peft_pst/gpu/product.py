@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sparse.codecs import TILE
 from .launch import device_of
 
-TILE = 256
 SLOTS = 16
 """Tiles that a program has in flight, at most."""
 IN_FLIGHT = 2048

@@ -15,10 +15,8 @@ from torch import Tensor
 
 from .fused import CHUNK
 from .launch import device_of, num_programs
-from .selection import BITS, Threshold, count_tile, keep_tile
+from .selection import BITS, BLOCK_K, BLOCK_N, Threshold, count_tile, keep_tile
 from .tiles import importance_tile, ordered_keys, pack_tile, unpack_tile, updated_tile
-
-BLOCK_N, BLOCK_K = 32, 128
 
 
 def select(
