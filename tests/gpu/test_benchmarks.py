@@ -39,9 +39,25 @@ def test_a_graph_keeps_what_it_reads(monkeypatch):
     assert replay and read() is not None
 
 
-def test_step():
+def test_a_step_that_waits_is_told_of(monkeypatch):
     import step
 
+    modes = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait():
+        assert modes[-1] == "error"
+        raise RuntimeError("called a synchronizing CUDA operation\nmore")
+
+    assert step.waits(wait) == ["called a synchronizing CUDA operation"]
+    assert step.waits(lambda: None) == [] and modes == ["error", "default"] * 2
+
+
+def test_step(monkeypatch):
+    import step
+
+    monkeypatch.setattr(step, "STEPS", 2)
     found = step.report(shapes=((64, 128),), tokens=8, rounds=1)
     assert found.count("| 64x128 | ") == 3 and "Copies to the host" in found
 
