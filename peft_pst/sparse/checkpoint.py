@@ -123,7 +123,7 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
         setattr(model.get_submodule(parent), child, model.get_submodule(as_it_is).to_linear())
     shards: list[dict[str, int]] = []  # the tensors of each file and their bytes
     shard: dict[str, Tensor] = {}
-    size = 0  # of the shard, bytes
+    size, written = 0, set()  # of the shard, bytes and where its tensors are
 
     def flush() -> None:
         save_file(shard, folder / f"shard{len(shards)}.safetensors", metadata={"format": "pt"})
@@ -140,10 +140,13 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
         for key, part in parts.items():
             if shard and size + _bytes(part) > max_shard_size:
                 flush()
-                size = 0
+                size, written = 0, set()
             size += _bytes(part)
             checksums[key] = checksums_of(part)
             shard[key] = part.detach().cpu().contiguous()
+            if shard[key].data_ptr() in written:
+                shard[key] = shard[key].clone()  # shared by hand: safetensors takes no memory twice
+            written.add(shard[key].data_ptr())
     flush()
     _name_shards(folder, shards)
     config = copy.deepcopy(model.config)
@@ -166,14 +169,29 @@ def _write(model: PreTrainedModel, folder: Path, values: Values, max_shard_size:
 
 
 def _entries(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Name, module and value of each tensor of the state dict; of tensors that share their data the first."""
-    seen = set()
+    """Name, module and value of each tensor of the state dict; of those that the model ties the first."""
+    tied, first = {}, {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        key = id(tensor) if is_sharded(tensor) else tensor.data_ptr()  # the same in all processes
-        if key in seen and tensor.numel():
-            continue
-        seen.add(key)
+        # the same in all processes
+        key = id(tensor) if is_sharded(tensor) else (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        earlier = first.setdefault(key, name)
+        if earlier != name:
+            tied = tied or _tied(model)
+            if name in tied and tied[name] == tied.get(earlier):
+                continue
         yield name, model.get_submodule(name.rpartition(".")[0]), tensor
+
+
+def _tied(model: PreTrainedModel) -> dict[str, int]:
+    """Which tensor each name has in a new model of the same class and config: those that it ties have the same, those
+    that were shared by hand have not."""
+    config = copy.deepcopy(model.config)
+    if getattr(config, "pruned_heads", None):
+        config.pruned_heads = {}  # transformers 4 prunes by values, which the meta device has not
+    with torch.device("meta"):
+        new = type(model)(config)
+    new.tie_weights()
+    return {name: id(tensor) for name, tensor in new.state_dict(keep_vars=True).items()}
 
 
 def _parts(

@@ -152,6 +152,23 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it(tmp_path):
         BertWithItsOwnHead.from_pretrained(tmp_path / "plain")
 
 
+@pytest.mark.parametrize("tie", [False, True])
+def test_weights_that_are_shared(tie, tmp_path):
+    """By the model they are one in the file; by hand, of which a new model knows nothing, they are there twice."""
+    model = merged("llama")
+    model.config.tie_word_embeddings = tie
+    model.lm_head.weight = model.model.embed_tokens.weight
+    one, other = (layer.mlp.up_proj for layer in model.model.layers)
+    other.weight = one.weight
+    rows = model.model.embed_tokens.weight.detach()[0]
+    model.model.norm.weight = torch.nn.Parameter(rows)  # it begins where the embedding does
+    save_pretrained(model, tmp_path)
+    assert ("lm_head.weight" in load_file(tmp_path / "model.safetensors")) != tie
+    again, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(logits(again), logits(model))
+
+
 def test_dequantize_is_the_dense_model(tmp_path):
     model = merged("bert")
     save_pretrained(model, tmp_path)
