@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ def plot_sparsity(rows: Sequence[TensorSparsity], path: str | os.PathLike) -> Fi
 
 
 def plot_depth(rows: Sequence[TensorSparsity], path: str | os.PathLike) -> Figure:
-    """Draw the sparsity over the depth of the model, a line for each type of layer, and write it to `path`.
+    """Draw the sparsity over the depth of the model, a line for each type of layer of a stack, and write it to `path`.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -49,10 +50,12 @@ def plot_depth(rows: Sequence[TensorSparsity], path: str | os.PathLike) -> Figur
     axes = figure.add_subplot()
     profiles = defaultdict(list)
     for row in rows:
-        if layer_type(row.name) != row.name:  # a layer outside of the blocks has no depth
-            profiles[layer_type(row.name)].append(100 * row.sparsity)
-    for name, profile in profiles.items():
-        axes.plot(range(len(profile)), profile, marker="o", label=name)
+        if place := re.match(r"(.+?)\.(\d+)\.", row.name):  # a layer outside of the blocks has no depth
+            profiles[place[1], layer_type(row.name)].append((int(place[2]), 100 * row.sparsity))
+    stacks = {stack for stack, _ in profiles}
+    for (stack, kind), profile in profiles.items():
+        label = kind if len(stacks) == 1 else f"{stack}: {kind}"
+        axes.plot(*zip(*profile, strict=True), marker="o", label=label)
     axes.set(ylim=(0, 100), xlabel="block", ylabel="zeros in the weight (%)", title="Sparsity over depth")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from ..sparse.linear import SparseLinear
 from ..sparse.storage import sizes
 from .behaviour import Fidelity, Robustness, fidelity, robustness
 from .energy import Energy, measured
@@ -155,8 +156,11 @@ def report(
 def _layer(name: str, module: nn.Module) -> LayerReport:
     weight = effective_weight(module)
     formats = sizes(weight)
-    smallest = min(size for name, size in formats.items() if name != "int8" and size is not None)
-    return _report(name, weight, smallest, formats)
+    if isinstance(module, SparseLinear) and "scales" in module.parts:
+        stored = formats["int8"]
+    else:
+        stored = min(size for name, size in formats.items() if name != "int8" and size is not None)
+    return _report(name, weight, stored, formats)
 
 
 def _boost(name: str, tensor: Tensor) -> LayerReport:
@@ -164,10 +168,10 @@ def _boost(name: str, tensor: Tensor) -> LayerReport:
     return _report(name, tensor, tensor.nbytes, {"dense": tensor.nbytes, **dict.fromkeys(FORMATS)})
 
 
-def _report(name: str, weight: Tensor, smallest: int, formats: dict[str, int | None]) -> LayerReport:
+def _report(name: str, weight: Tensor, stored: int, formats: dict[str, int | None]) -> LayerReport:
     nonzero = weight != 0
     count = int(nonzero.sum())
-    cost = Cost(weight.numel(), count, 2 * weight.numel(), 2 * count, weight.nbytes, smallest)
+    cost = Cost(weight.numel(), count, 2 * weight.numel(), 2 * count, weight.nbytes, stored)
     dead = [int((~nonzero.any(dim)).sum()) for dim in (1, 0)]
     return LayerReport(name, tuple(weight.shape), cost, *dead, formats)
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from reference import plain_importance
+from transformers import T5Config, T5ForConditionalGeneration
 
 from peft_pst import PSTConfig, plot_depth, plot_flips, plot_masks, plot_scores, plot_sparsity, tensor_sparsity
 
@@ -24,6 +25,19 @@ def test_depth(tmp_path, bert):
     lines = {line.get_label(): list(line.get_ydata()) for line in axes.get_lines()}
     assert len(lines) == 6 and lines["output.dense"] == [0, 50] and lines["attention.self.key"] == [0, 0]
     assert "<svg" in (tmp_path / "depth.svg").read_text()
+
+
+def test_depth_is_that_of_the_blocks(tmp_path):
+    config = T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=2, num_decoder_layers=3)
+    model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        model.decoder.block[2].layer[1].EncDecAttention.q.weight[:16] = 0
+    rows = [row for row in tensor_sparsity(model) if "decoder.block.0." not in row.name]
+    lines = plot_depth(rows, tmp_path / "depth.png").axes[0].get_lines()
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in lines}
+    assert lines["encoder.block: SelfAttention.q"] == ([0, 1], [0, 0])
+    assert lines["decoder.block: SelfAttention.q"] == ([1, 2], [0, 0])
+    assert lines["decoder.block: EncDecAttention.q"] == ([1, 2], [0, 50])
 
 
 def test_masks(tmp_path, bert):

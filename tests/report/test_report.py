@@ -27,6 +27,15 @@ def test_a_layer(bert):
     assert layer.formats["int8"] == sum(p.nbytes for p in encode(linear.weight, "int8")[1].values())
 
 
+@pytest.mark.filterwarnings("ignore:The model's sparse weights stay compressed")
+@pytest.mark.parametrize("values", ["exact", "bf16", "int8"])
+def test_what_a_checkpoint_takes(bert, tmp_path, values):
+    merged = get_peft_model(bert(hidden_size=256), PSTConfig(initial_sparsity=0.9)).merge_and_unload()
+    save_pretrained(merged, tmp_path, values=values)
+    found = report(type(merged).from_pretrained(tmp_path)).model.bytes
+    assert found == pytest.approx((tmp_path / "model.safetensors").stat().st_size, rel=0.02)
+
+
 def test_the_whole_model_is_all_its_parameters(bert):
     model = get_peft_model(bert(), PSTConfig(initial_sparsity=0.9))
     before, merged = report(model), model.merge_and_unload()
