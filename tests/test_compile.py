@@ -247,7 +247,7 @@ def test_bert_by_inductor(bert, tokens):
             optimizer.zero_grad()
             scheduler.step()
             taken.append(loss.item())
-    torch.testing.assert_close(taken[STEPS:], taken[:STEPS], rtol=0, atol=1e-4)
+    torch.testing.assert_close(taken[STEPS:], taken[:STEPS], rtol=0, atol=1e-3)
     assert counter.frame_count == 1
 
 

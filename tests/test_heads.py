@@ -72,7 +72,7 @@ def test_the_whole_head_trains_and_merges(model_type, tmp_path):
     assert not torch.allclose(expected, classifier(model_type)(tokens).logits)
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(classifier(model_type), tmp_path).eval()
-    assert torch.equal(again(tokens).logits, expected)
+    torch.testing.assert_close(again(tokens).logits, expected, rtol=0, atol=1e-4)  # BLAS rounds by where weights lie
     merged = model.merge_and_unload()
     torch.testing.assert_close(merged(tokens).logits, expected, rtol=0, atol=1e-4)
     assert merged.state_dict().keys() == classifier(model_type).state_dict().keys()
