@@ -56,6 +56,7 @@ def bench(
     Raises:
         ValueError: if the folder holds no such model, a shape is empty or longer than the model reads, or texts are
             given that are not all labelled, or to a model that does not classify them.
+        RuntimeError: if the process that measures the memory fails, as where memory is short.
     """
     others = others or {}
     if repeats < 1 or (threads is not None and threads < 1):
@@ -131,7 +132,9 @@ def _opened(folder: str | os.PathLike, shapes: Sequence[tuple[int, int]]) -> Pre
 def _resident_bytes(variant: Variant, shape: tuple[int, int], progress: tqdm) -> int:
     command = [sys.executable, "-W", "ignore", "-m", "peft_pst.bench.memory", variant.folder]
     command += ["--shape", "{}x{}".format(*shape), "--threads", str(torch.get_num_threads())]
-    run = subprocess.run(command + ["--sparse"] * variant.sparse, check=True, capture_output=True)
+    run = subprocess.run(command + ["--sparse"] * variant.sparse, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"The process that measures the memory of {variant.name} ended with:\n{run.stderr}")
     progress.update()
     return json.loads(run.stdout)["resident_bytes"]
 

@@ -330,6 +330,9 @@ def test_memory_in_a_process_of_its_own(classifier):
     dense = variants.write_variants(variants.open_model(classifier), classifier, classifier.parent / "work")[0]
     with tqdm(disable=True) as progress:
         assert 0 <= RESIDENT_BYTES(dense, (1, 8), progress) < 100e6
+        gone = dense._replace(folder=classifier / "gone")
+        with pytest.raises(RuntimeError, match="memory of dense fp32.*(?s:.*)gone"):
+            RESIDENT_BYTES(gone, (1, 8), progress)
 
 
 def test_what_that_process_does(classifier, monkeypatch, capsys, accelerated):
