@@ -9,6 +9,7 @@ HybridTrainer(student, arguments, train_dataset=data, distillation=taught, ...).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -123,6 +124,15 @@ def label_losses(model: nn.Module, logits: Tensor, labels: Tensor) -> tuple[Tens
     return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels, rows
 
 
+def _ignore_first(
+    collator: Callable[[list[dict[str, Any]]], dict[str, Tensor]], rows: list[dict[str, Any]]
+) -> dict[str, Tensor]:
+    """A batch without the first label of each row, which nothing predicts: transformers 4 would count it."""
+    batch = collator(rows)
+    batch["labels"][:, 0] = IGNORED
+    return batch
+
+
 class HybridTrainer(DistillingTrainer):
     """A Trainer for the mixed data of two languages:
 
@@ -153,6 +163,8 @@ class HybridTrainer(DistillingTrainer):
             raise ValueError(f"alpha={alpha}: expected the share of the source language, between 0 and 1.")
         if self.compute_loss_func is not None or self.args.label_smoothing_factor:
             raise ValueError("HybridTrainer has a loss of its own: leave out compute_loss_func and label smoothing.")
+        if predicts_next(self.model):
+            self.data_collator = partial(_ignore_first, self.data_collator)
         self._weights = None
         if self.train_dataset is not None:
             n_s, n_d = count_labels(self.train_dataset, self.model)

@@ -104,7 +104,8 @@ def _keep(group: list[Target], keep: Tensor) -> None:
 def keep_globally(scores: list[Tensor], sizes: list[int], sparsity: float) -> list[Tensor]:
     """Which units of several weights stay under one budget for all of them.
 
-    The least important units are pruned, wherever they are, as many as fit into `int(entries * sparsity)` entries.
+    The least important units are pruned, wherever they are, up to the first that does not fit into
+    `int(entries * sparsity)` entries.
     Units of different sizes compete by their importance an entry. Of each weight the `FLOOR` of what `1 - sparsity`
     would leave it stays, at least one unit.
 

@@ -207,11 +207,13 @@ class PSTConfig(PeftConfig):
                     f"{name}={value!r} is not a share of pruned entries: expected 0 <= {name} < 1, "
                     "such as 0.9 for 90 %."
                 )
-        if implied < 1 and self.sparsity != implied:
-            raise ValueError(
-                f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which prunes {implied:g} of the "
-                "entries: leave sparsity out."
-            )
+        if implied < 1:
+            if not math.isclose(self.sparsity, implied):
+                raise ValueError(
+                    f"sparsity={self.sparsity!r} contradicts pattern={self.pattern!r}, which prunes {implied:g} of "
+                    "the entries: leave sparsity out."
+                )
+            self.sparsity = implied
         if self.initial_sparsity > self.sparsity:
             raise ValueError(
                 f"initial_sparsity={self.initial_sparsity!r} is larger than sparsity={self.sparsity!r}: sparsity "

@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import ModelOutput
 
 from .labels import IGNORED, predicts_next, without_adapter
-from .losses import kl_divergence, last_hidden_state_loss, make_projection, select_channels, square_head
+from .losses import (
+    bernoulli_kl,
+    kl_divergence,
+    last_hidden_state_loss,
+    make_projection,
+    select_channels,
+    square_head,
+    squared_error,
+)
 from .mode import evaluating
 from .sharded import is_sharded, reshard
 
@@ -39,7 +47,8 @@ class DistillationConfig:
         task (`float`):
             Weight of the loss that the model computes from the labels.
         logits (`float`):
-            Weight of T² KL(teacher || student) of the softened predictions (Hinton et al., arXiv 1503.02531).
+            Weight of T² KL(teacher || student) of the softened predictions (Hinton et al., arXiv 1503.02531); where
+            a text has several labels, the mean over them. Of a regression the mean squared difference, without T.
         last_hidden_state (`float`):
             Weight of half the squared distance of the last hidden states (LightChatGLM). That of a student which
             `peft_pst.compress` made narrower is taken over the channels that it kept.
@@ -182,7 +191,7 @@ class Distillation:
         config, found = self.config, {}
         if config.logits:
             kept = [_predictions(self._student, inputs, output) for output in (student, teacher)]
-            found["logits"] = kl_divergence(*kept, config.temperature)
+            found["logits"] = self._logits(*kept, student)
         if config.needs_hidden_states:
             mask = _mask(self._student, inputs)
             states, expected = _hidden_states(student), _hidden_states(teacher)
@@ -191,6 +200,15 @@ class Distillation:
             if config.hidden_states:
                 found["hidden_states"] = square_head(states, expected, mask)
         return found
+
+    def _logits(self, student: Tensor, teacher: Tensor, output: ModelOutput) -> Tensor:
+        of_texts = "logits" in output and output.logits.ndim == 2
+        # transformers settles the problem in the first forward with labels, by their dtype
+        problem = getattr(without_adapter(self._student).config, "problem_type", None) if of_texts else None
+        if problem == "regression" or (of_texts and student.shape[-1] == 1):
+            return squared_error(student, teacher)
+        loss = bernoulli_kl if problem == "multi_label_classification" else kl_divergence
+        return loss(student, teacher, self.config.temperature)
 
     def _last_hidden_state(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         if self.projection is not None:
@@ -203,7 +221,10 @@ class Distillation:
 
 
 def _predictions(model: nn.Module, inputs: Mapping[str, Any], output: ModelOutput) -> Tensor:
-    """The logits that count, [rows, classes]: of texts, or of tokens whose labels do."""
+    """The logits that count, [rows, classes]: of texts, or of tokens whose labels do; of answers those of where they
+    start and then of where they end, [2 rows, tokens]."""
+    if "start_logits" in output:
+        return torch.cat([output.start_logits, output.end_logits])
     if "logits" not in output:
         raise ValueError(
             f"{type(without_adapter(model)).__name__} has no head, and so no logits to distil: give "

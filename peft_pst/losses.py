@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T² KL(softmax(teacher / T) || softmax(student / T)), the mean over rows.
+    """T² KL(softmax(teacher / T) || softmax(student / T)), the mean over rows; 0 if there are none.
 
     Args:
         student: logits [rows, classes]; so is `teacher`.
@@ -18,17 +18,54 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
     Raises:
         ValueError: if the two have different shapes.
     """
+    _check_predictions(student, teacher)
+    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
+    return temperature**2 * _mean(F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1))
+
+
+def bernoulli_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T² KL(sigmoid(teacher / T) || sigmoid(student / T)), the mean over rows and labels.
+
+    Args:
+        student: logits [rows, labels]; so is `teacher`.
+
+    Raises:
+        ValueError: if the two have different shapes.
+    """
+    _check_predictions(student, teacher)
+    # a sigmoid is a softmax beside a logit of 0
+    pairs = (torch.stack([logits, torch.zeros_like(logits)], -1).flatten(0, 1) for logits in (student, teacher))
+    return kl_divergence(*pairs, temperature)
+
+
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """(student - teacher)², the mean over rows and values.
+
+    Args:
+        student: predicted values [rows, values]; so is `teacher`.
+
+    Raises:
+        ValueError: if the two have different shapes.
+    """
+    _check_predictions(student, teacher)
+    return _mean((student.float() - teacher.float()).square())
+
+
+def _check_predictions(student: Tensor, teacher: Tensor) -> None:
     if student.shape != teacher.shape:
         raise ValueError(
             f"The student's logits have the shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}: "
             "expected a teacher with the same vocabulary or classes."
         )
-    student, teacher = ((logits.float() / temperature).log_softmax(-1) for logits in (student, teacher))
-    return temperature**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+def _mean(values: Tensor) -> Tensor:
+    """0 if there are none: a batch of a step may have no label."""
+    return values.sum() / max(values.numel(), 1)
 
 
 def last_hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """1/2 · sum over channels of (student - teacher)², the mean over tokens  (LightChatGLM).
+    """1/2 · sum over channels of (student - teacher)², the mean over tokens  (LightChatGLM); 0 if none counts.
 
     Args:
         student: [..., channels]; so is `teacher`: of a wider one `select_channels` gives those that count.
@@ -38,11 +75,12 @@ def last_hidden_state_loss(student: Tensor, teacher: Tensor, mask: Tensor | None
         ValueError: if the two have different shapes.
     """
     student, teacher = _kept(student, teacher, mask)
-    return 0.5 * (student - teacher).square().sum(-1).mean()
+    return 0.5 * _mean((student - teacher).square().sum(-1))
 
 
 def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """mean((s - t)²) / mean(t²) of each layer's hidden states, the mean over layers  (SquareHead, arXiv 2310.06927).
+    """mean((s - t)²) / mean(t²) of each layer's hidden states, the mean over layers  (SquareHead, arXiv 2310.06927);
+    0 if no token counts.
 
     Args:
         student: of each layer [..., channels]; so is `teacher`.
@@ -59,7 +97,7 @@ def square_head(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tens
     losses = []
     for own, expected in zip(student, teacher, strict=True):
         own, expected = _kept(own, expected, mask)
-        losses.append((own - expected).square().mean() / expected.square().mean().clamp_min(1e-12))
+        losses.append(_mean((own - expected).square()) / _mean(expected.square()).clamp_min(1e-12))
     return torch.stack(losses).mean()
 
 

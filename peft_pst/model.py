@@ -175,8 +175,7 @@ class PSTModel(BaseTuner):
     ) -> None:
         if not isinstance(target, PSTLayer):
             check_target(target, parent, current_key)
-        if peft_config.boost is not None:
-            check_boost(self.model, getattr(target, "base_layer", target), current_key)
+        check_not_tied(self.model, getattr(target, "base_layer", target), current_key)
         in_features, out_features = _get_in_out_features(getattr(target, "base_layer", target))
         pattern, group = parse_pattern(peft_config.pattern), current_key
         if peft_config.pattern in COUPLED:
@@ -258,13 +257,13 @@ def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
         )
 
 
-def check_boost(model: nn.Module, target: nn.Module, key: str) -> None:
-    """Raise ValueError if an embedding has the weight of a target too: with a boost it would not open again."""
+def check_not_tied(model: nn.Module, target: nn.Module, key: str) -> None:
+    """Raise ValueError if an embedding has the weight of a target too: merging would change it with the layer."""
     if any(isinstance(module, nn.Embedding) and module.weight is target.weight for module in model.modules()):
         raise ValueError(
-            f"The target module {key!r} would get a low-rank boost, and shares its weight with the embedding: "
-            "transformers could not open what is trained. Leave it out of target_modules, or open the base model with "
-            "tie_word_embeddings=False."
+            f"The target module {key!r} shares its weight with the embedding: merging the adapter would change both, "
+            "and the merged model would compute something else. Leave it out of target_modules, or open the base "
+            "model with tie_word_embeddings=False."
         )
 
 

@@ -2,6 +2,13 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+)
 
 from peft_pst import PSTConfig, PSTLayer, SparsityScheduler, calibrate
 
@@ -83,6 +90,53 @@ def test_the_model_is_as_it_was(bert):
         calibrate(model, [{"no_such_argument": 1}])
     assert [module.training for module in model.modules()] == modes
     assert not any(layer._forward_pre_hooks for layer in layers)
+
+
+def counted(model):
+    """Of each layer of a model the tokens that it counted."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PSTLayer)}
+    return {name: int(m.pst_input_squares["default"].view(torch.float64)[-1]) for name, m in layers.items()}
+
+
+SIZES = {"d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0, "vocab_size": 99}
+ENCODER_DECODERS = {
+    "t5": T5Config(d_ff=48, d_kv=8, num_heads=4, num_layers=2, **SIZES),
+    "bart": BartConfig(
+        **SIZES,
+        **{f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 2), ("ffn_dim", 48))},
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("target_length", [8, 7])
+@pytest.mark.parametrize("by_mask", [False, True])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
+def test_each_side_has_padding_of_its_own(name, by_mask, target_length):
+    config = PSTConfig(importance="wanda", update="none", task_type="SEQ_2_SEQ_LM")
+    model = get_peft_model(AutoModelForSeq2SeqLM.from_config(ENCODER_DECODERS[name]), config)
+    ids, targets = torch.arange(1, 17).view(2, 8), torch.arange(1, 2 * target_length + 1).view(2, -1)
+    batch = {"input_ids": ids, "attention_mask": (torch.arange(8) < 3).expand(2, 8).long()}
+    mask = (torch.arange(target_length) < 5).expand(2, -1)
+    if by_mask:
+        batch |= {"decoder_input_ids": targets, "decoder_attention_mask": mask.long()}
+    else:
+        batch["labels"] = targets.masked_fill(~mask, -100)
+    calibrate(model, [batch])
+    for layer, count in counted(model).items():
+        of_encoder = "decoder" not in layer or layer.endswith(
+            ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k_proj", "encoder_attn.v_proj")
+        )
+        assert count == (6 if of_encoder else 10), layer
+
+
+def test_tokens_of_all_rows_in_one_dimension():
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48, "vocab_size": 99}
+    model = OPTForCausalLM(OPTConfig(word_embed_proj_dim=32, **sizes))
+    model = get_peft_model(model, PSTConfig(importance="wanda", update="none"))
+    calibrate(model, [next(batches(1))])
+    assert set(counted(model).values()) == {int(next(batches(1))["attention_mask"].sum())}
 
 
 def test_batches_may_be_tensors():

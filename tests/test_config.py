@@ -86,6 +86,7 @@ def test_bias(bias, trained):
 def test_n_of_m_implies_its_sparsity():
     assert PSTConfig(pattern="2:4").sparsity == PSTConfig(pattern="2:4", sparsity=0.5).sparsity == 0.5
     assert PSTConfig(pattern="1:4").sparsity == 0.75
+    assert PSTConfig(pattern="4:5").sparsity == PSTConfig(pattern="4:5", sparsity=1 - 4 / 5).sparsity == 0.2
     with pytest.raises(ValueError, match="sparsity=0.9 contradicts pattern='2:4', which prunes 0.5 of the entries"):
         PSTConfig(pattern="2:4", sparsity=0.9)
     with pytest.raises(ValueError, match="pattern='2of4' is unknown"):

@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForSeq2SeqLM, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+)
 
 from peft_pst import Distillation, DistillationConfig, PSTConfig
 from peft_pst.distillation import kl_divergence, last_hidden_state_loss, square_head
@@ -224,6 +231,62 @@ def test_refused_teachers():
     distillation = Distillation(model, DistillationConfig(teacher=teacher))
     with pytest.raises(ValueError, match="expected a teacher with the same vocabulary or classes"):
         distillation.losses(inputs, model(**inputs), distillation.teach(inputs))
+
+
+def pair_of(cls, bert, **kwargs):
+    """A student and a dense teacher of a class with a head of its own."""
+    config = bert(initializer_range=0.2, **kwargs).config
+    return student(cls(config)).eval(), cls(copy.deepcopy(config)).eval()
+
+
+def logits_loss(model, teacher, inputs, temperature=3.0):
+    distillation = Distillation(model, DistillationConfig(teacher, temperature=temperature))
+    output, taught = model(**inputs), teacher(**inputs)
+    return output, taught, distillation.losses(inputs, output, distillation.teach(inputs))["logits"]
+
+
+def test_a_regression(bert, tokens):
+    model, teacher = pair_of(BertForSequenceClassification, bert, num_labels=1)
+    inputs = {"input_ids": tokens, "labels": torch.rand(2)}
+    output, taught, loss = logits_loss(model, teacher, inputs)
+    difference = (output.logits - taught.logits).double().flatten().tolist()
+    assert (
+        float(loss.detach()) == pytest.approx(sum(d * d for d in difference) / len(difference), rel=1e-5) and loss > 0
+    )
+
+
+def test_labels_that_do_not_exclude_each_other(bert, tokens):
+    """T² KL of two outcomes for each label, the mean over texts and labels."""
+    model, teacher = pair_of(BertForSequenceClassification, bert, num_labels=3)
+    inputs = {"input_ids": tokens, "labels": torch.rand(2, 3).round()}
+    output, taught, loss = logits_loss(model, teacher, inputs)
+    assert model.config.problem_type == "multi_label_classification"
+    p, q = ((o.logits.double() / 3).sigmoid() for o in (taught, output))
+    written_out = 9 * (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    assert float(loss.detach()) == pytest.approx(float(written_out.detach()), rel=1e-4) and loss > 0
+
+
+def test_question_answering(bert, tokens):
+    """Where the answer starts and where it ends weigh alike, as in the task's loss."""
+    model, teacher = pair_of(BertForQuestionAnswering, bert)
+    output, taught, loss = logits_loss(model, teacher, {"input_ids": tokens})
+    written_out = 0
+    for name in ("start_logits", "end_logits"):
+        p, q = ((o[name].double() / 3).softmax(-1) for o in (taught, output))
+        written_out += 9 * (p * (p / q).log()).sum() / len(p) / 2
+    assert float(loss.detach()) == pytest.approx(float(written_out.detach()), rel=1e-4) and loss > 0
+
+
+def test_a_batch_without_a_label_has_losses_of_0():
+    model, inputs = student(llama()), batch(5, 3)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    inputs["attention_mask"] = torch.zeros_like(inputs["attention_mask"])
+    config = DistillationConfig(llama(seed=5), last_hidden_state=1, hidden_states=1)
+    distillation = Distillation(model, config)
+    output = model(**distillation.request(inputs))
+    losses = distillation.losses(inputs, output, distillation.teach(inputs))
+    sum(losses.values()).backward()
+    assert [float(loss) for loss in losses.values()] == [0, 0, 0]
 
 
 def test_a_model_without_a_head_has_no_logits_to_distil():

@@ -143,7 +143,7 @@ class GroupsOf:
 
     @property
     def max_sparsity(self) -> float:
-        return 1 - self.kept / self.size
+        return (self.size - self.kept) / self.size
 
     def check_shape(self, shape: torch.Size, name: str) -> None:
         if shape[1] % self.size:

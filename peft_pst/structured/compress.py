@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -97,6 +98,8 @@ def compress(
         )
     anatomy = find_anatomy(model)
     count = model.config.num_hidden_layers
+    if not isinstance(layers, str):
+        layers = [operator.index(layer) for layer in layers]
     num_layers = _check_depth(layers, num_layers, count)
     if channels not in CHANNELS:
         raise ValueError(f"channels={channels!r}: expected one of {', '.join(map(repr, CHANNELS))}.")
@@ -129,7 +132,7 @@ def _origin(config: PretrainedConfig, kept: Kept) -> dict[str, Any]:
     return origin
 
 
-def _check_depth(layers: str | Sequence[int], num_layers: int | None, count: int) -> int:
+def _check_depth(layers: str | list[int], num_layers: int | None, count: int) -> int:
     if isinstance(layers, str):
         if layers not in LAYERS:
             raise ValueError(
@@ -139,7 +142,7 @@ def _check_depth(layers: str | Sequence[int], num_layers: int | None, count: int
         num_layers = count if num_layers is None else num_layers
     else:
         if not layers or len(set(layers)) < len(layers) or not all(0 <= layer < count for layer in layers):
-            raise ValueError(f"layers={list(layers)}: expected different numbers from 0 to {count - 1}.")
+            raise ValueError(f"layers={layers}: expected different numbers from 0 to {count - 1}.")
         if num_layers not in (None, len(layers)):
             raise ValueError(f"num_layers={num_layers}, but layers names {len(layers)}: leave out num_layers.")
         num_layers = len(layers)

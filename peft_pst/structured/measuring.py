@@ -38,18 +38,18 @@ def measure(model: nn.Module, layers: nn.ModuleList, batches: Iterable[Any] | No
     Raises:
         ValueError: if there is no batch.
     """
-    padding, squares = Padding(), {}
+    padding, squares = Padding(model), {}
     turned, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
     device = next(model.parameters()).device
 
     def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = padding.tokens(args[0]).double()
+        x = padding.tokens(module, args[0]).double()
         squares[module] = squares.get(module, 0) + x.square().sum(0)
 
     def compare(index: int, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         nonlocal tokens
-        before = padding.tokens(args[0] if args else kwargs["hidden_states"]).double()
-        after = padding.tokens(output if isinstance(output, Tensor) else output[0]).double()
+        before = padding.tokens(module, args[0] if args else kwargs["hidden_states"]).double()
+        after = padding.tokens(module, output if isinstance(output, Tensor) else output[0]).double()
         turned[index] += (1 - torch.cosine_similarity(before, after, -1)).sum().cpu()
         tokens += len(before)
 

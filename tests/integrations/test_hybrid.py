@@ -30,7 +30,8 @@ from peft_pst.integrations.hybrid import (
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 SIZES["initializer_range"] = 0.2  # so that predictions of different models differ
 NAMES = ("en", "zh")
-# of each row its tokens, and how many of the last ones have labels: 5 labels of English, 10 of Chinese
+# of each row its tokens, and how many of the last ones have labels: 5 labels of English, 10 of Chinese; a first token
+# has one too, but nothing predicts it
 ROWS = {"en": [(6, 2), (4, 1), (5, 2)], "zh": [(7, 4), (3, 1), (6, 3), (4, 1), (5, 1)]}
 
 
@@ -63,7 +64,7 @@ def rows_of(language, kind):
     rows = []
     for i, (length, labelled) in enumerate(ROWS[language]):
         ids = [(7 * j + 11 * i + 31 * (language == "zh")) % 98 + 1 for j in range(length)]
-        labels = [-100] * (length - labelled) + ids[length - labelled :] if kind == "causal" else i % 3
+        labels = [ids[0]] + [-100] * (length - labelled - 1) + ids[length - labelled :] if kind == "causal" else i % 3
         rows.append({"input_ids": ids, "labels": labels})
     return Dataset.from_list(rows)
 
@@ -81,7 +82,7 @@ def logits_of_labels(model, kind, language):
         if kind == "classifier":
             found.append((logits, row["labels"]))
         else:
-            found += [(logits[i - 1], label) for i, label in enumerate(row["labels"]) if label != -100]
+            found += [(logits[i - 1], label) for i, label in enumerate(row["labels"]) if i > 0 and label != -100]
     return found
 
 
