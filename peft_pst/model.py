@@ -103,6 +103,7 @@ class PSTModel(BaseTuner):
         """Add an adapter to the target modules, as in PEFT, and prune them to its initial sparsity."""
         check_launch()
         config = self.peft_config[adapter_name]
+        self._embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
         self._couplings: dict[str, Coupling] = {}
         if config.pattern in COUPLED:
             self._couplings = find_couplings(model, config.pattern, config.coupled_modules)
@@ -175,7 +176,12 @@ class PSTModel(BaseTuner):
     ) -> None:
         if not isinstance(target, PSTLayer):
             check_target(target, parent, current_key)
-        check_not_tied(self.model, getattr(target, "base_layer", target), current_key)
+        if id(getattr(target, "base_layer", target).weight) in self._embeddings:
+            raise ValueError(
+                f"The target module {current_key!r} shares its weight with the embedding: merging the adapter would "
+                "change both, and the merged model would compute something else. Leave it out of target_modules, or "
+                "open the base model with tie_word_embeddings=False."
+            )
         in_features, out_features = _get_in_out_features(getattr(target, "base_layer", target))
         pattern, group = parse_pattern(peft_config.pattern), current_key
         if peft_config.pattern in COUPLED:
@@ -254,16 +260,6 @@ def check_target(target: nn.Module, parent: nn.Module, key: str) -> None:
         raise TypeError(
             f"The target module {key!r} lies in a {type(parent).__name__}, which reads its weight past the layer's "
             "forward: it would silently stay dense. Leave it out of target_modules."
-        )
-
-
-def check_not_tied(model: nn.Module, target: nn.Module, key: str) -> None:
-    """Raise ValueError if an embedding has the weight of a target too: merging would change it with the layer."""
-    if any(isinstance(module, nn.Embedding) and module.weight is target.weight for module in model.modules()):
-        raise ValueError(
-            f"The target module {key!r} shares its weight with the embedding: merging the adapter would change both, "
-            "and the merged model would compute something else. Leave it out of target_modules, or open the base "
-            "model with tie_word_embeddings=False."
         )
 
 

@@ -153,6 +153,17 @@ def test_a_target_that_cannot_be_pruned_is_refused(module, name, message):
         get_peft_model(model, PSTConfig(target_modules=[name]))
 
 
+def test_a_head_that_shares_the_embedding_is_refused():
+    """Merging it would prune the embedding too, and change what every layer reads."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    config = PSTConfig(target_modules=["q_proj", "lm_head"])
+    for tied in (False, True):
+        config_of_model = transformers.LlamaConfig(vocab_size=99, tie_word_embeddings=tied, **sizes)
+        model = transformers.LlamaForCausalLM(config_of_model)
+        with pytest.raises(ValueError, match="'lm_head' shares its weight with the emb") if tied else nullcontext():
+            get_peft_model(model, config)
+
+
 def test_what_cannot_be_pruned_is_no_default():
     model = nn.Module()
     model.config = transformers.BertConfig()
